@@ -1,0 +1,57 @@
+"""Teacher, part 1: the KL autoencoder (f=8) whose latents everything else lives in. Not part of the paper: the teacher is given there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from trainer.loop import Schedule, Stage, Trainable, step_generator
+from trainer.objectives.reconstruction import gradient_l1, kl_per_element
+
+ImageBatch = Callable[[int, torch.Generator], Tensor]
+
+
+class AutoencoderStage(Stage):
+    """L1 + L2 + image-gradient L1 + a small KL term; afterwards measures the latents' mean and scale.
+
+    Args:
+        config: AutoencoderKL configuration.
+        images: draws a batch of images in [-1, 1], shape (B, 3, H, W).
+    """
+
+    def __init__(self, config: dict[str, Any], schedule: Schedule, images: ImageBatch, batch: int, kl: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.vae = AutoencoderKL(**config).to(memory_format=torch.channels_last)
+        self.images, self.batch, self.kl, self.seed = images, batch, kl, seed
+        self.steps = schedule.steps
+        self.trainables = {"vae": Trainable(self.vae, schedule, weight_decay=0.0, ema_decay=0.995)}
+
+    def step(self, index: int) -> dict[str, Tensor | float]:
+        generator = step_generator(self.seed, index)
+        image_BCHW = self.images(self.batch, generator).contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(image_BCHW).latent_dist
+        latent_BCHW = posterior.sample(generator)
+        output_BCHW = self.vae.decode(latent_BCHW).sample
+        error = output_BCHW - image_BCHW
+        mse = error.square().mean()
+        kl = kl_per_element(posterior.mean, posterior.logvar)
+        loss = error.abs().mean() + mse + 0.5 * gradient_l1(output_BCHW, image_BCHW) + self.kl * kl
+        norm = self.trainables["vae"].update(loss, index)
+        psnr = 10 * torch.log10(4.0 / mse.detach())
+        return {"loss": loss, "psnr_db": psnr, "kl": kl, "gradient_norm": norm}
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """Write `vae/` with scaling_factor and shift_factor such that (latent - shift) * scale has zero mean and unit variance."""
+        self.vae.load_state_dict(self.trainables["vae"].averaged())
+        image_BCHW = self.images(256, step_generator(self.seed, self.steps))
+        latent_BCHW = torch.cat([self.vae.encode(part).latent_dist.mean for part in image_BCHW.split(32)])
+        self.vae.register_to_config(
+            scaling_factor=float(1 / latent_BCHW.std()), shift_factor=float(latent_BCHW.mean()), force_upcast=False
+        )
+        self.vae.save_pretrained(folder / "vae")
