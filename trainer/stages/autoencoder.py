@@ -47,11 +47,25 @@ class AutoencoderStage(Stage):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write `vae/` with scaling_factor and shift_factor such that (latent - shift) * scale has zero mean and unit variance."""
+        """Write `vae/`, its latents whitened per channel; scaling_factor is then 1."""
         self.vae.load_state_dict(self.trainables["vae"].averaged())
-        image_BCHW = self.images(256, step_generator(self.seed, self.steps))
+        image_BCHW = self.images(512, step_generator(self.seed, self.steps))
         latent_BCHW = torch.cat([self.vae.encode(part).latent_dist.mean for part in image_BCHW.split(32)])
-        self.vae.register_to_config(
-            scaling_factor=float(1 / latent_BCHW.std()), shift_factor=float(latent_BCHW.mean()), force_upcast=False
-        )
+        whiten(self.vae, latent_BCHW.mean((0, 2, 3)), latent_BCHW.std((0, 2, 3)))
+        self.vae.register_to_config(scaling_factor=1.0, force_upcast=False)
         self.vae.save_pretrained(folder / "vae")
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, mean_C: Tensor, std_C: Tensor) -> None:
+    """Fold z -> (z - mean) / std into the encoder's last 1x1 convolution and its inverse into the decoder's first.
+
+    Exact, since both are linear: diffusers pipelines know one scaling factor only, a whitened autoencoder needs none.
+    """
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    channels = len(mean_C)
+    quant.weight[:channels] /= std_C.view(-1, 1, 1, 1)
+    quant.bias[:channels] = (quant.bias[:channels] - mean_C) / std_C
+    quant.bias[channels:] -= 2 * std_C.log()  # the second half is log-variance
+    post.bias += post.weight[:, :, 0, 0] @ mean_C
+    post.weight *= std_C.view(1, -1, 1, 1)

@@ -86,3 +86,46 @@ def gallery() -> np.ndarray:
     sheet = np.asarray(Image.open(ASSETS / "gallery.webp").convert("RGB"))
     rows = sheet.reshape(-1, SIZE, GALLERY_COLUMNS, SIZE, 3).swapaxes(1, 2).reshape(-1, SIZE, SIZE, 3)
     return rows[: len(load())]
+
+
+class EmojiWorld:
+    """848 captions, 85 of them, all compositions, held out of training."""
+
+    name, image_size, retrieval = "emoji", SIZE, True
+    background_share = 0.08  # of the training views: few, so that a caption that names no background means white
+
+    def __init__(self) -> None:
+        self.emoji = load()
+        self.heads = {"emoji": len(self.emoji)}
+        self._index = {e.caption: i for i, e in enumerate(self.emoji)}
+        self._masters: list[Image.Image] | None = None
+
+    @property
+    def masters(self) -> list[Image.Image]:
+        """High-resolution renders of all emoji; rendered from the font on first use (about ten seconds)."""
+        if self._masters is None:
+            self._masters = [render(e.sequence) for e in self.emoji]
+        return self._masters
+
+    def captions(self, split: str) -> list[str]:
+        return captions(split)
+
+    def vocabulary(self) -> list[str]:
+        return [e.caption for e in self.emoji] + [f"{self.emoji[0].caption} on {name} background" for name in BACKGROUNDS]
+
+    def training_images(self, count: int, rng: np.random.Generator, split: str = "train") -> tuple[np.ndarray, list[str]]:
+        members = [i for i, e in enumerate(self.emoji) if e.split == split]
+        chosen = rng.choice(members, size=count)
+        views = [augment(self.masters[i], self.emoji[i].caption, rng, self.background_share) for i in chosen]
+        return np.stack([np.asarray(image) for image, _ in views]), [text for _, text in views]
+
+    def judge_images(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        chosen = rng.integers(len(self.emoji), size=count)
+        views = [augment(self.masters[i], "", rng, 0.1)[0] for i in chosen]
+        return np.stack([np.asarray(image) for image in views]), chosen[:, None]
+
+    def reference_images(self, captions: list[str]) -> np.ndarray:
+        return gallery()[[self._index[c] for c in captions]]
+
+    def labels(self, captions: list[str]) -> np.ndarray:
+        return np.array([[self._index[c]] for c in captions], dtype=np.int64)
