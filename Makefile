@@ -10,7 +10,6 @@ PYTEST_ARGS ?=
 # A build user may have no home; caches (uv, matplotlib, torch) then live beside the environment.
 ifneq ($(shell test -n "$$HOME" && test -w "$$HOME" && echo yes),yes)
 export HOME := $(CURDIR)/.venv/home
-$(shell mkdir -p $(HOME))
 endif
 # One thread per process: on small machines two often lose (docs/design.md, 12).
 export OMP_NUM_THREADS ?= 1
