@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ class Diffusion:
         self.timesteps: int = scheduler.config.num_train_timesteps
         self.alpha = scheduler.alphas_cumprod.sqrt().float()
         self.sigma = (1 - scheduler.alphas_cumprod).sqrt().float()
+
+    @classmethod
+    def of(cls, teacher_folder: Path) -> Diffusion:
+        """The forward process of a diffusers model folder."""
+        return cls(DDIMScheduler.from_pretrained(teacher_folder / "scheduler").config)
 
     def coefficients(self, t_B: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for integer timesteps, shape (B, 1, 1, 1)."""

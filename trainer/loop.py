@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Metrics = dict[str, float]
@@ -50,6 +51,21 @@ def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(mixed % (2**63))
 
 
+def average_gradients(network: nn.Module) -> None:
+    """Mean of the gradients over all data-parallel workers, in one all-reduce; nothing to do on a single worker.
+
+    Explicit rather than through DistributedDataParallel, because stages call several networks several times a step.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 class Ema:
     """Exponential moving average of a module's parameters; `decay` ramps up from 0 as (1+n)/(10+n)."""
 
@@ -76,7 +92,7 @@ class Ema:
 
 @dataclass
 class Trainable:
-    """A network with its optimiser and, if wanted, its moving average; `module` may be a data-parallel wrapper of `network`."""
+    """A network with its optimiser and, if wanted, its moving average."""
 
     network: nn.Module
     schedule: Schedule
@@ -84,12 +100,10 @@ class Trainable:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema_decay: float | None = None
-    module: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: Ema | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.module = self.network
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=self.schedule.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
@@ -107,6 +121,7 @@ class Trainable:
             group["lr"] = self.schedule.rate(step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(self.network)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise DivergedError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}")

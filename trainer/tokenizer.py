@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -32,3 +34,10 @@ def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int, max_
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=max_tokens, pad_token=END, unk_token=END)
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids padded to the model's length, shape (B, L), as StableDiffusionPipeline pads them."""
+    length = tokenizer.model_max_length
+    ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")["input_ids"]
+    return torch.as_tensor(ids)

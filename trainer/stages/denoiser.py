@@ -14,15 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.diffusion import Diffusion, stratified_timesteps
 from trainer.loop import Schedule, Stage, Trainable, step_generator
+from trainer.tokenizer import tokenize
 
 LatentBatch = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids padded to the model's length, shape (B, L), as StableDiffusionPipeline pads them."""
-    length = tokenizer.model_max_length
-    ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")["input_ids"]
-    return torch.as_tensor(ids)
 
 
 class DenoiserStage(Stage):

@@ -92,7 +92,7 @@ class EmojiWorld:
     """848 captions, 85 of them, all compositions, held out of training."""
 
     name, image_size, retrieval = "emoji", SIZE, True
-    background_share = 0.08  # of the training views: few, so that a caption that names no background means white
+    background_share = 0.1  # of the training views: few, so that a caption that names no background means white
 
     def __init__(self) -> None:
         self.emoji = load()

@@ -1,0 +1,45 @@
+"""Where things are: endpoints, credentials, folders. Read from SDXS_* variables in composition roots only; never what science, never how many."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def data_home() -> Path:
+    """The user's data folder by the XDG convention."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sdxs"
+
+
+def cache_home() -> Path:
+    """The user's cache folder by the XDG convention."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxs"
+
+
+class Settings(BaseSettings):
+    """All settings of client, services and trainer.
+
+    store_url: `file:///folder` or `s3://bucket[/prefix]`; the s3_* fields say where that S3 is.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SDXS_", frozen=True, extra="forbid")
+
+    store_url: str = f"file://{data_home() / 'store'}"
+    s3_endpoint: str = "127.0.0.1:9000"
+    s3_access_key: str = ""
+    s3_secret_key: SecretStr = SecretStr("")
+    s3_secure: bool = False
+    s3_region: str = "us-east-1"
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    gateway_address: str = "127.0.0.1:8500"
+    cache_dir: Path = cache_home()
+    torch_threads: int = 1
+
+    def environment(self) -> dict[str, str]:
+        """The SDXS_* variables that make another process see the same settings. Holds secrets: never log it."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        plain = {k: v.get_secret_value() if isinstance(v, SecretStr) else str(v) for k, v in values.items()}
+        return {f"SDXS_{name.upper()}": value for name, value in plain.items()}
