@@ -39,6 +39,7 @@ lint: setup ## Formatting, lint, types, import directions, protobuf style and co
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf breaking --against protos/released.binpb
 
 format: setup ## Format and mend what ruff can mend
@@ -47,6 +48,7 @@ format: setup ## Format and mend what ruff can mend
 
 protos: setup ## Regenerate the stubs after a change to protos/; refuses what would break clients
 	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf breaking --against protos/released.binpb
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $$(cd protos && ls sdxs/v1/*.proto)
 	$(BIN)/buf build --exclude-source-info -o protos/released.binpb
