@@ -47,8 +47,8 @@ format: setup ## Format and mend what ruff can mend
 	$(BIN)/ruff format .
 
 protos: setup ## Regenerate the stubs after a change to protos/; refuses what would break clients
+	$(BIN)/buf format --write
 	$(BIN)/buf lint
-	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf breaking --against protos/released.binpb
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $$(cd protos && ls sdxs/v1/*.proto)
 	$(BIN)/buf build --exclude-source-info -o protos/released.binpb
