@@ -69,7 +69,7 @@ class GatewayServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SubmitJob(self, request, context):
-        """The same as a job: answers at once, the images go to the object store. UNIMPLEMENTED on a server without a queue.
+        """The same as a job: answers at once, the images go to the object store. FAILED_PRECONDITION on a server without a queue.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

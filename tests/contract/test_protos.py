@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RELEASED = "protos/released.binpb"
 BUF = Path(sys.executable).with_name("buf")
 
 
@@ -19,7 +20,9 @@ def test_stubs_are_what_the_protos_generate(tmp_path: Path) -> None:
     assert made == kept, "run `make protos`"
 
 
-@pytest.mark.parametrize("check", [["lint"], ["format", "--exit-code", "-d"], ["breaking", "--against", "protos/released.binpb"]])
+@pytest.mark.parametrize(
+    "check", [["lint"], ["format", "--exit-code", "-d"], ["breaking", "--against", "protos/released.binpb"]]
+)
 def test_buf_finds_nothing(check: list[str]) -> None:
     done = subprocess.run([BUF, *check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,7 +34,7 @@ def test_breaking_changes_are_noticed(tmp_path: Path) -> None:
     for proto in (ROOT / "protos/sdxs/v1").glob("*.proto"):
         text = proto.read_text().replace("string prompt = 1;", "string prompt = 100;")
         (tmp_path / "sdxs/v1" / proto.name).write_text(text)
-    against = ["--against", str(ROOT / "protos/released.binpb")]
+    against = ["--against", str(ROOT / RELEASED)]
     done = subprocess.run([BUF, "breaking", *against], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 100
     assert 'field "1" with name "prompt"' in done.stdout

@@ -1,0 +1,255 @@
+"""Talk to a server: `Client` for scripts, `AsyncClient` for asyncio. Needs neither torch nor ray.
+
+    with Client("127.0.0.1:8500") as client:
+        client.generate("red apple", seed=1).images[0].save("apple.jpg")
+
+Every error is an SdxsError of the class the server raised (sdxs.rpc).
+"""
+
+import asyncio
+import io
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+import grpc
+import PIL.Image
+from google.protobuf.message import Message
+
+from sdxs import rpc
+from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from sdxs.v1 import decoder_pb2, gateway_pb2
+
+DEFAULT_ADDRESS = "127.0.0.1:8500"
+_SERVICE = "sdxs.v1.GatewayService"
+_HEALTH = "/grpc.health.v1.Health/Check"
+_SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
+_OPTIONS = [*rpc.KEEPALIVE_CLIENT, ("grpc.max_receive_message_length", 64 << 20)]
+_ENDED = (gateway_pb2.JOB_STATE_SUCCEEDED, gateway_pb2.JOB_STATE_FAILED)
+
+Job = gateway_pb2.GetJobResponse
+
+
+class Options(TypedDict, total=False):
+    """What a request may say beside its prompt; see GenerateRequest in gateway.proto."""
+
+    model: str
+    seed: int
+    n: int
+    width: int
+    height: int
+    format: str
+    """jpeg (default), png, webp or raw."""
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image as the server sent it."""
+
+    data: bytes
+    format: str
+    width: int
+    height: int
+
+    def pil(self) -> PIL.Image.Image:
+        """The image for Pillow."""
+        if self.format == "raw":
+            return PIL.Image.frombytes("RGB", (self.width, self.height), self.data)
+        return PIL.Image.open(io.BytesIO(self.data))
+
+    def save(self, path: str | Path) -> None:
+        """Write the bytes as they came."""
+        Path(path).write_bytes(self.data)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Images and what was done to make them."""
+
+    images: list[Image]
+    receipt: gateway_pb2.Receipt
+
+
+class Client:
+    """A blocking client; safe to share between threads."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: grpc.ChannelCredentials | None = None) -> None:
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._channel.close()
+
+    def generate(self, prompt: str, timeout: float = 60.0, **options: Unpack[Options]) -> Generated:
+        """Images of a prompt. Raises SdxsError."""
+        answer = self._call("Generate", request(prompt, options), timeout)
+        return _generated(gateway_pb2.GenerateResponse.FromString(answer))
+
+    def submit_job(self, prompt: str, request_id: str = "", timeout: float = 10.0, **options: Unpack[Options]) -> str:
+        """Id of a job for that request; sent again under the same `request_id` it is the same job. Raises SdxsError."""
+        message = gateway_pb2.SubmitJobRequest(request=request(prompt, options), request_id=request_id)
+        return gateway_pb2.SubmitJobResponse.FromString(self._call("SubmitJob", message, timeout)).job_id
+
+    def get_job(self, job_id: str, timeout: float = 10.0) -> Job:
+        """The job's state, with presigned URLs once it has succeeded. Raises SdxsError."""
+        return Job.FromString(self._call("GetJob", gateway_pb2.GetJobRequest(job_id=job_id), timeout))
+
+    def wait_job(self, job_id: str, timeout: float = 120.0) -> Job:
+        """The job once it has ended, well or not. Raises DeadlineExceeded when it has not within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        for pause in _pauses():
+            job = self.get_job(job_id)
+            if job.state in _ENDED:
+                return job
+            if time.monotonic() + pause > end:
+                raise DeadlineExceeded(f"job {job_id} has not ended in {timeout:g} s")
+            time.sleep(pause)
+        raise AssertionError("the pauses do not end")
+
+    def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:
+        """What the server serves, its default first. Raises SdxsError."""
+        answer = self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
+        return list(gateway_pb2.ListModelsResponse.FromString(answer).models)
+
+    def ready(self, timeout: float = 2.0) -> bool:
+        """Whether the server says SERVING."""
+        check: Any = self._channel.unary_unary(_HEALTH)
+        try:
+            return bool(check(b"", timeout=timeout) == _SERVING)
+        except grpc.RpcError:
+            return False
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Return when the server says SERVING. Raises Unavailable when it does not within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while not self.ready():
+            if time.monotonic() > end:
+                raise Unavailable(f"the server is not SERVING after {timeout:g} s")
+            time.sleep(0.1)
+
+    def _call(self, name: str, message: Message, timeout: float) -> bytes:
+        """One rpc. Raises SdxsError."""
+        try:
+            method: Any = self._channel.unary_unary(f"/{_SERVICE}/{name}")
+            return bytes(method(message.SerializeToString(), timeout=timeout))
+        except grpc.RpcError as error:
+            raise rpc.from_rpc_error(error) from None
+
+
+class AsyncClient:
+    """The same for asyncio; make it inside the loop that uses it."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: grpc.ChannelCredentials | None = None) -> None:
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._channel.close()
+
+    async def generate(self, prompt: str, timeout: float = 60.0, **options: Unpack[Options]) -> Generated:  # noqa: ASYNC109
+        """See Client.generate; cancelling the task cancels the work on the server."""
+        answer = await self._call("Generate", request(prompt, options), timeout)
+        return _generated(gateway_pb2.GenerateResponse.FromString(answer))
+
+    async def submit_job(self, prompt: str, request_id: str = "", **options: Unpack[Options]) -> str:
+        """See Client.submit_job."""
+        message = gateway_pb2.SubmitJobRequest(request=request(prompt, options), request_id=request_id)
+        return gateway_pb2.SubmitJobResponse.FromString(await self._call("SubmitJob", message, 10.0)).job_id
+
+    async def get_job(self, job_id: str) -> Job:
+        """See Client.get_job."""
+        return Job.FromString(await self._call("GetJob", gateway_pb2.GetJobRequest(job_id=job_id), 10.0))
+
+    async def wait_job(self, job_id: str, timeout: float = 120.0) -> Job:  # noqa: ASYNC109
+        """See Client.wait_job."""
+        end = time.monotonic() + timeout
+        for pause in _pauses():
+            job = await self.get_job(job_id)
+            if job.state in _ENDED:
+                return job
+            if time.monotonic() + pause > end:
+                raise DeadlineExceeded(f"job {job_id} has not ended in {timeout:g} s")
+            await asyncio.sleep(pause)
+        raise AssertionError("the pauses do not end")
+
+    async def list_models(self) -> list[gateway_pb2.Model]:
+        """See Client.list_models."""
+        answer = await self._call("ListModels", gateway_pb2.ListModelsRequest(), 10.0)
+        return list(gateway_pb2.ListModelsResponse.FromString(answer).models)
+
+    async def _call(self, name: str, message: Message, timeout: float) -> bytes:  # noqa: ASYNC109
+        """One rpc. Raises SdxsError."""
+        try:
+            method: Any = self._channel.unary_unary(f"/{_SERVICE}/{name}")
+            return bytes(await method(message.SerializeToString(), timeout=timeout))
+        except grpc.RpcError as error:
+            raise rpc.from_rpc_error(error) from None
+
+
+def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
+    """The message. Raises InvalidRequest for a value the wire cannot carry; whether it makes sense is the server's to say."""
+    message = gateway_pb2.GenerateRequest()
+    fields: dict[str, Any] = {"prompt": prompt, **options}
+    if "format" in options:
+        fields["format"] = _format(options["format"])
+    for name, value in fields.items():
+        if value is None:
+            continue
+        try:
+            setattr(message, name, value)
+        except (TypeError, ValueError):
+            raise InvalidRequest(name, value, f"a {message.DESCRIPTOR.fields_by_name[name].type}") from None
+    return message
+
+
+def _format(name: str) -> int:
+    """jpeg -> IMAGE_FORMAT_JPEG."""
+    formats = {key.removeprefix("IMAGE_FORMAT_").lower(): value for key, value in decoder_pb2.ImageFormat.items()}
+    if name not in formats:
+        raise InvalidRequest("format", name, "one of " + ", ".join(formats))
+    return formats[name]
+
+
+def _generated(response: gateway_pb2.GenerateResponse) -> Generated:
+    """Without protobuf, but for the receipt."""
+    images = [
+        Image(
+            image.data,
+            decoder_pb2.ImageFormat.Name(image.format).removeprefix("IMAGE_FORMAT_").lower(),
+            image.width,
+            image.height,
+        )
+        for image in response.images
+    ]
+    return Generated(images, response.receipt)
+
+
+def _pauses() -> Any:
+    """Seconds between two questions: short first, never above half a second."""
+    pause = 0.02
+    while True:
+        yield pause
+        pause = min(0.5, pause * 1.5)

@@ -1,0 +1,72 @@
+"""Errors across the wire, both ways, in one place; and the channel options client and servers share.
+
+An SdxsError leaves as its gRPC status with google.rpc details: BadRequest for a field at fault. It arrives as the same class.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from sdxs.errors import InvalidRequest, SdxsError
+
+DETAILS_KEY = "grpc-status-details-bin"
+_MAX_TEXT = 1000  # of a message: metadata is limited to 8 KB
+
+# A peer that vanished without a word (power, network) is noticed within 15 seconds.
+KEEPALIVE_CLIENT = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000)]
+KEEPALIVE_SERVER = [("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)]
+
+Metadata = tuple[tuple[str, bytes], ...]
+
+
+def to_status(error: SdxsError) -> tuple[grpc.StatusCode, str, Metadata]:
+    """Arguments for `context.abort`."""
+    code = grpc.StatusCode[error.code]
+    message = str(error)[:_MAX_TEXT]
+    status = status_pb2.Status(code=code.value[0], message=message)
+    field = getattr(error, "field", "")
+    if field:
+        description = str(getattr(error, "allowed", message))[:_MAX_TEXT]
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        status.details.append(detail)
+    return code, message, ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def violations(metadata: Iterable[tuple[str, str | bytes]] | None) -> list[error_details_pb2.BadRequest.FieldViolation]:
+    """The fields at fault, as a server's trailing metadata names them."""
+    found: list[error_details_pb2.BadRequest.FieldViolation] = []
+    for key, value in metadata or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            for detail in status_pb2.Status.FromString(value).details:
+                bad = error_details_pb2.BadRequest()
+                if detail.Unpack(bad):
+                    found.extend(bad.field_violations)
+    return found
+
+
+def from_rpc_error(error: Any) -> SdxsError:
+    """The SdxsError a failed call stands for; takes the RpcError of grpc and the AioRpcError of grpc.aio."""
+    message = error.details() or error.code().name
+    fields = violations(error.trailing_metadata())
+    kind = _class_of(error.code().name)
+    if issubclass(kind, InvalidRequest):
+        found = kind(fields[0].field, None, fields[0].description) if fields else kind("", None, message)
+        found.args = (message,)  # the server's words, which show the value
+        return found
+    return kind(message)
+
+
+def _class_of(code: str) -> type[SdxsError]:
+    """The first class of the tree, from its root down, with that code."""
+    level: list[type[SdxsError]] = [SdxsError]
+    while level:
+        for kind in level:
+            if kind.code == code:
+                return kind
+        level = [below for kind in level for below in kind.__subclasses__()]
+    return SdxsError

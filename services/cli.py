@@ -1,0 +1,155 @@
+"""`sdxs serve`."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from sdxs import registry
+from sdxs.client import Client
+from sdxs.errors import AlreadyExists
+from services.settings import ServingSettings
+
+app = typer.Typer()
+
+_HELP = """Serve a model over gRPC until Ctrl-C or SIGTERM.
+
+The gateway, text encoder, U-Net, decoder and job worker run as Ray Serve deployments on this machine; `--local` puts them
+into one process. Redis and S3 servers are started too, unless SDXS_REDIS_URL and SDXS_S3_ENDPOINT name some.
+
+Examples:
+
+    sdxs serve                                # the emoji model on 127.0.0.1:8500
+
+    sdxs serve --local --port 9000            # the same in one process, on another port
+
+    sdxs serve --model emoji@prod             # what the name points to in the store
+
+    sdxs serve --print-config > serve.yaml    # for `serve deploy` and RayService
+
+    sdxs generate "red apple" -o apple.png --server 127.0.0.1:8500
+"""
+
+
+@app.callback(invoke_without_command=True, help=_HELP)
+def serve(
+    model: Annotated[
+        str, typer.Option(help="Name, name@pointer, sha256:digest, folder or s3:// bundle.")
+    ] = "emoji",
+    port: Annotated[int | None, typer.Option(help="Port of the gateway, in place of SDXS_GATEWAY_ADDRESS's.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="One process, no Ray.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve config file and end.")] = False,
+) -> None:
+    """See _HELP."""
+    if print_config:
+        typer.echo(_config(model), nl=False)
+        return
+    if port is not None:
+        host = ServingSettings().gateway_address.rpartition(":")[0]
+        os.environ["SDXS_GATEWAY_ADDRESS"] = f"{host}:{port}"
+    began = time.monotonic()
+    settings = ServingSettings()
+    _check_free(settings.gateway_address)
+    folder, _ = registry.open_model(model, settings)  # a model that is not there ends it here, not in a replica
+    with _stop_signals() as stop, _servers():
+        run = _run_local if local else _run_on_ray
+        run(str(folder), ServingSettings(), stop, began)
+    _say("stopped")
+
+
+def _run_local(model: str, settings: ServingSettings, stop: threading.Event, began: float) -> None:
+    """All in this process."""
+    from services.local import serve_local
+
+    async def main() -> None:
+        async with serve_local(model, settings):
+            await asyncio.to_thread(_wait_serving, settings, stop, began)
+            await asyncio.to_thread(stop.wait)
+
+    asyncio.run(main())
+
+
+def _run_on_ray(model: str, settings: ServingSettings, stop: threading.Event, began: float) -> None:
+    """Each room in its own processes."""
+    from services.cluster import application, local_cluster
+
+    _say("starting Ray")
+    with local_cluster():
+        _say("starting the replicas")
+        with application(model):
+            _wait_serving(settings, stop, began)
+            stop.wait()
+            _say("stopping")
+
+
+def _wait_serving(settings: ServingSettings, stop: threading.Event, began: float) -> None:
+    """Say so when the gateway does."""
+    with Client(settings.gateway_address) as client:
+        while not client.ready():
+            if stop.wait(0.1):
+                return
+        [model] = client.list_models()
+    seconds = time.monotonic() - began
+    _say(f"SERVING {model.name} ({model.digest}) on {settings.gateway_address} after {seconds:.1f} s; Ctrl-C ends it")
+
+
+@contextlib.contextmanager
+def _servers() -> Iterator[None]:
+    """Redis and S3 for what the settings do not name; their addresses go into the environment."""
+    from sdxs import embedded
+
+    with embedded.missing(ServingSettings()) as variables:
+        os.environ.update(variables)
+        yield
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def ask(number: int, _: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_free(address: str) -> None:
+    """gRPC shares a port with whoever has it already; say so instead. Raises AlreadyExists."""
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise AlreadyExists(f"{address} is taken ({error.strerror}); another --port?") from None
+
+
+def _config(model: str) -> str:
+    """deploy/serve.yaml for that model."""
+    import yaml
+
+    from services.app import AppArgs, config
+
+    return "# Made by `sdxs serve --print-config`.\n" + yaml.safe_dump(config(AppArgs(model=model)), sort_keys=False)
+
+
+def _say(message: str) -> None:
+    """Progress goes to stderr."""
+    print(message, file=sys.stderr, flush=True)

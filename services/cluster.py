@@ -1,0 +1,63 @@
+"""A Ray cluster on this machine for as long as `sdxs serve` runs, and the application on it."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from services.fabric.environment import REPLICA_ENVIRONMENT
+
+_OBJECT_STORE_BYTES = 80 << 20  # images go by gRPC; Ray itself needs little
+
+# Read by Ray's processes, which inherit them.
+_RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # whoever can reach the ports still needs the token
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # replicas serve; Ray's default lets everything else go first
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # our servers live on the replica's own event loop
+}
+
+
+@contextlib.contextmanager
+def local_cluster() -> Iterator[None]:
+    """Ray on 127.0.0.1 with a token of its own; leaving the block ends its processes and removes its files."""
+    for name, value in {**_RAY_ENVIRONMENT, **REPLICA_ENVIRONMENT}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="sdxs-ray-")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="warning",
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def application(model: str) -> Iterator[None]:
+    """The Serve application on the cluster, all replicas up; leaving the block drains and stops them."""
+    from ray import serve
+
+    from services.app import APP_NAME, AppArgs, build
+
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    try:
+        serve.run(build(AppArgs(model=model)), name=APP_NAME, route_prefix=None)
+        yield
+    finally:
+        serve.shutdown()

@@ -1,0 +1,1 @@
+"""The decoder's room: latents to encoded images."""

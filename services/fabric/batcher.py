@@ -1,0 +1,99 @@
+"""A greedy batcher: take all that waits whenever the device is free, wait for nobody.
+
+Knows items and one function over a list of them; does not know what they are. The function runs in a thread of its own,
+one batch at a time, so the event loop stays free and the device is never shared.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from sdxs.errors import Overloaded
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batched(Generic[Result]):
+    """One item's result and the size of the batch it was computed in."""
+
+    result: Result
+    batch: int
+
+
+@dataclass
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    alone: bool
+    done: "asyncio.Future[Batched[Result]]"
+
+
+class GreedyBatcher(Generic[Item, Result]):
+    """Batches items in order of arrival; an item that asks to be alone gets a batch of its own."""
+
+    def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result]], max_batch: int, max_waiting: int) -> None:
+        self._compute = compute
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
+        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Items not yet begun."""
+        return len(self._waiting)
+
+    async def submit(self, items: Sequence[Item], alone: bool = False) -> list[Batched[Result]]:
+        """Results in the order of the items. Raises Overloaded when they do not fit the queue, and what `compute` raises.
+
+        Cancelling the caller withdraws the items that have not begun.
+        """
+        if len(self._waiting) + len(items) > self._max_waiting:
+            raise Overloaded(f"{len(self._waiting)} items wait already, at most {self._max_waiting} may")
+        loop = asyncio.get_running_loop()
+        mine = [_Waiting[Item, Result](item, alone, loop.create_future()) for item in items]
+        self._waiting.extend(mine)
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._drain())
+        return list(await asyncio.gather(*(waiting.done for waiting in mine)))
+
+    def close(self) -> None:
+        """Let the thread end after the batch in hand."""
+        self._device.shutdown(wait=False, cancel_futures=True)
+
+    async def _drain(self) -> None:
+        """Compute batch after batch until nothing waits."""
+        loop = asyncio.get_running_loop()
+        while batch := self._take():
+            try:
+                results = await loop.run_in_executor(self._device, self._compute, [waiting.item for waiting in batch])
+            except Exception as error:
+                self._fail(batch, error)
+            else:
+                for waiting, result in zip(batch, results, strict=True):
+                    if not waiting.done.done():
+                        waiting.done.set_result(Batched(result, len(batch)))
+
+    def _take(self) -> list[_Waiting[Item, Result]]:
+        """The next batch: first come, first served, without the withdrawn."""
+        batch: list[_Waiting[Item, Result]] = []
+        while self._waiting and len(batch) < self._max_batch:
+            if self._waiting[0].done.done():
+                self._waiting.popleft()
+                continue
+            if batch and (batch[0].alone or self._waiting[0].alone):
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    @staticmethod
+    def _fail(batch: list[_Waiting[Item, Result]], error: Exception) -> None:
+        """Hand the error to every caller that still listens."""
+        for waiting in batch:
+            if not waiting.done.done():
+                waiting.done.set_exception(error)

@@ -1,0 +1,56 @@
+"""A room's service as bytes in, bytes out: admission, parsing, the room's method, serialising.
+
+The gRPC server and a caller in the same process come in by the same door, so both see the same limits and the same errors.
+"""
+
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from sdxs.errors import InvalidRequest, Overloaded
+from services.fabric.deadline import Deadline
+from services.fabric.wire import broken_field
+
+Method = Callable[[Any, Deadline], Awaitable[Message]]
+
+
+class Endpoint:
+    """One proto service, implemented by an object with a snake_case method per rpc: (request, deadline) -> response."""
+
+    def __init__(self, descriptor: ServiceDescriptor, room: object, max_in_flight: int) -> None:
+        self.descriptor = descriptor
+        self.in_flight = 0
+        self._max_in_flight = max_in_flight
+        self._methods: dict[str, tuple[type[Message], Method]] = {
+            rpc.name: (GetMessageClass(rpc.input_type), getattr(room, _snake_case(rpc.name))) for rpc in descriptor.methods
+        }
+
+    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+        """One call. Raises Overloaded over the limit, InvalidRequest on bytes that do not parse, and what the room raises."""
+        if self.in_flight >= self._max_in_flight:
+            raise Overloaded(f"{self.in_flight} calls are in flight already, at most {self._max_in_flight} may be")
+        request_type, method = self._methods[name]
+        self.in_flight += 1
+        try:
+            response = await method(_parse(request_type, payload), deadline)
+        finally:
+            self.in_flight -= 1
+        return response.SerializeToString()
+
+
+def _parse(message: type[Message], payload: bytes) -> Message:
+    """The message. Raises InvalidRequest that names the broken field."""
+    try:
+        return message.FromString(payload)
+    except DecodeError:
+        field = broken_field(message, payload)
+        raise InvalidRequest(field, "malformed bytes", f"an encoded {message.DESCRIPTOR.full_name}") from None
+
+
+def _snake_case(name: str) -> str:
+    """SubmitJob -> submit_job."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

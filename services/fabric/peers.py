@@ -1,0 +1,210 @@
+"""Calls to a room's replicas: who they are, which one to take, what to do when it is gone.
+
+Addresses come from a resolver (Ray Serve's broadcast, or a fixed list), asked every few seconds and at once when a peer fails.
+Between two peers drawn at random the one with fewer calls in flight is taken. A call whose peer is gone goes to another;
+that is safe because every stage is a pure function of its request.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+
+from sdxs import rpc
+from sdxs.errors import DeadlineExceeded, Unavailable
+from services.fabric.deadline import Deadline
+from services.fabric.endpoint import Endpoint
+
+logger = logging.getLogger(__name__)
+
+_PACE_S = 0.1  # between two questions to the resolver
+
+
+@dataclass(frozen=True)
+class Address:
+    """One replica as it announces itself. `model_digest` keeps a caller from mixing two models during a roll-out."""
+
+    target: str
+    model_digest: str
+    pid: int
+
+
+Resolver = Callable[[], Awaitable[Sequence[Address]]]
+
+
+class Stage(Protocol):
+    """One room as its callers see it, wherever it runs."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is somebody to call."""
+        ...
+
+    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+        """One rpc of the room's service, encoded request to encoded response. Raises SdxsError."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalStage:
+    """A room in this process."""
+
+    endpoint: Endpoint
+    ready: bool = True
+
+    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+        """See Stage."""
+        try:
+            async with asyncio.timeout(deadline.remaining()):
+                return await self.endpoint.call(name, payload, deadline)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{name} did not end in time") from None
+
+
+@dataclass(eq=False)
+class _Peer:
+    """An open channel and the number of our calls on it."""
+
+    address: Address
+    channel: grpc.aio.Channel
+    in_flight: int = 0
+    watching: "asyncio.Task[None] | None" = None
+
+
+@dataclass(eq=False)
+class PeerSet:
+    """The replicas of one room. Open it before the first call, close it after the last.
+
+    `model_digest` keeps replicas of another model out; empty, any will do.
+    """
+
+    service: str
+    resolve: Resolver
+    model_digest: str
+    refresh_s: float = 5.0
+    patience_s: float = 30.0
+    max_message_bytes: int = 64 << 20
+    _peers: dict[Address, _Peer] = field(default_factory=dict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _stale: asyncio.Event = field(default_factory=asyncio.Event)
+    _closing: "set[asyncio.Task[None]]" = field(default_factory=set)
+    _refreshing: "asyncio.Task[None] | None" = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether any replica is known."""
+        return bool(self._peers)
+
+    def open(self) -> None:
+        """Begin to look for peers."""
+        self._refreshing = asyncio.create_task(self._refresh_forever())
+
+    async def close(self) -> None:
+        """Stop looking and hang up."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._refreshing
+        self._replace([])
+        await asyncio.gather(*self._closing)
+
+    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+        """See Stage. Waits for a peer at most `patience_s`, then raises Unavailable."""
+        patience = deadline.within(self.patience_s)
+        full: set[_Peer] = set()
+        while True:
+            peer = await self._choose(full, patience, deadline)
+            try:
+                return await self._call(peer, name, payload, deadline)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    self._drop(peer)
+                elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and len(full) + 1 < len(self._peers):
+                    full.add(peer)
+                else:
+                    raise rpc.from_rpc_error(error) from None
+
+    async def _call(self, peer: _Peer, name: str, payload: bytes, deadline: Deadline) -> bytes:
+        """One try on one peer."""
+        method: Any = peer.channel.unary_unary(f"/{self.service}/{name}")
+        peer.in_flight += 1
+        try:
+            return bytes(await method(payload, timeout=deadline.remaining()))
+        finally:
+            peer.in_flight -= 1
+
+    async def _choose(self, full: set[_Peer], patience: Deadline, deadline: Deadline) -> _Peer:
+        """The less busy of two peers drawn at random; waits while there is none."""
+        while True:
+            able = [peer for peer in self._peers.values() if peer not in full] or list(self._peers.values())
+            if able:
+                return min(random.sample(able, min(2, len(able))), key=lambda peer: peer.in_flight)
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(patience.remaining()):
+                    await self._changed.wait()
+            except (TimeoutError, DeadlineExceeded):
+                deadline.remaining()
+                raise Unavailable(f"no replica answers for {self.service}") from None
+
+    def _drop(self, peer: _Peer) -> None:
+        """Forget a peer that does not answer, and ask at once who is there now."""
+        if self._peers.pop(peer.address, None) is not None:
+            logger.warning("%s at %s is gone", self.service, peer.address.target)
+            self._stale.set()
+            self._hang_up(peer)
+
+    async def _watch(self, peer: _Peer) -> None:
+        """Drop the peer when its connection breaks, whether or not anybody is calling."""
+        state = peer.channel.get_state(try_to_connect=True)
+        while state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            connected = state is grpc.ChannelConnectivity.READY
+            await peer.channel.wait_for_state_change(state)
+            state = peer.channel.get_state()
+            if connected:
+                break
+        self._drop(peer)
+
+    def _hang_up(self, peer: _Peer) -> None:
+        """Close the channel once the calls on it have ended: a server that drains still answers those it has."""
+        if peer.watching is not None and peer.watching is not asyncio.current_task():
+            peer.watching.cancel()
+        closing = asyncio.create_task(peer.channel.close(grace=self.patience_s if peer.in_flight else None))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def _refresh_forever(self) -> None:
+        """Ask the resolver: now and then while there are peers, often while there are none."""
+        while True:
+            self._stale.clear()
+            await self._refresh()
+            await asyncio.sleep(_PACE_S)  # a replica that has died may be listed for a moment longer
+            if self._peers:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.refresh_s):
+                        await self._stale.wait()
+
+    async def _refresh(self) -> None:
+        """One question to the resolver; a failure leaves the peers as they are."""
+        try:
+            found = await self.resolve()
+        except Exception as error:
+            logger.info("cannot resolve %s: %s", self.service, error)
+            return
+        self._replace([address for address in found if self.model_digest in ("", address.model_digest)])
+
+    def _replace(self, addresses: Sequence[Address]) -> None:
+        """Open channels to the new addresses, let the calls on the old ones end."""
+        for address in set(addresses) - set(self._peers):
+            options = [*rpc.KEEPALIVE_CLIENT, ("grpc.max_receive_message_length", self.max_message_bytes)]
+            peer = _Peer(address, grpc.aio.insecure_channel(address.target, options=options))
+            peer.watching = asyncio.create_task(self._watch(peer))
+            self._peers[address] = peer
+        for address in set(self._peers) - set(addresses):
+            self._hang_up(self._peers.pop(address))
+        self._changed.set()

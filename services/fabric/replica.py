@@ -1,0 +1,87 @@
+"""The base of every Serve deployment: it announces its address, reports health and load, and drains.
+
+Serve is the control plane and calls these methods; the calls that carry images come in by the data plane beside it.
+Each replica's `__init__` is the composition root of its process.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from sdxs import registry
+from sdxs.errors import Unavailable
+from services.fabric.endpoint import Endpoint
+from services.fabric.peers import Address
+from services.fabric.server import DataPlane
+from services.settings import ServingSettings
+
+ANY_HOST = ("0.0.0.0", "[::]", "")  # noqa: S104 - compared with, not listened on
+
+
+class StageService(Protocol):
+    """A room's service as its replica sees it."""
+
+    async def warm(self) -> None:
+        """Compute once, so that the first caller does not wait."""
+        ...
+
+
+class Replica:
+    """One replica of a room. A subclass's `__init__` builds the room and awaits `open`."""
+
+    _plane: DataPlane | None = None
+
+    async def open(self, endpoint: Endpoint, listen: str, settings: ServingSettings, model_digest: str) -> DataPlane:
+        """Start the data plane on `host:port`, not yet SERVING."""
+        self._endpoint = endpoint
+        self._drain_s = settings.drain_s
+        plane = DataPlane(endpoint, settings.max_message_bytes)
+        await plane.start(listen)
+        host, _, port = plane.address.rpartition(":")
+        reachable = f"{node_address()}:{port}" if host in ANY_HOST else plane.address
+        self._address = Address(reachable, model_digest, os.getpid())
+        self._plane = plane
+        return plane
+
+    async def addr(self) -> Address:
+        """Where the data plane listens; peers ask by `handle.broadcast("addr")`."""
+        if self._plane is None:
+            raise Unavailable("the data plane is not open")
+        return self._address
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load Serve cannot see, for services.fabric.scaling."""
+        return {"in_flight": float(self._endpoint.in_flight)}
+
+    async def __del__(self) -> None:
+        """Serve calls this when it stops the replica."""
+        plane, self._plane = self._plane, None
+        if plane is not None:
+            await plane.drain(self._drain_s)
+
+
+class StageReplica(Replica):
+    """A replica that computes one stage of a bundle. A subclass says which."""
+
+    descriptor: ClassVar[ServiceDescriptor]
+    load: ClassVar[Callable[[Path, str, ServingSettings], StageService]]
+
+    async def __init__(self, model: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = ServingSettings()
+        folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
+        service = await asyncio.to_thread(type(self).load, folder, manifest.digest, settings)
+        await service.warm()
+        endpoint = Endpoint(self.descriptor, service, settings.max_in_flight)
+        plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest)
+        await plane.set_serving(True)
+
+
+def node_address() -> str:
+    """The address other nodes reach this one by, as Ray knows it."""
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())

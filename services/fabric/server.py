@@ -1,0 +1,81 @@
+"""The data plane of one process: a grpc.aio server with one room's endpoint, grpc.health.v1 and reflection.
+
+Knows gRPC; does not know Ray. Errors leave translated (sdxs.rpc); what nobody foresaw leaves as INTERNAL without its text.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sdxs import rpc
+from sdxs.errors import SdxsError
+from services.fabric.deadline import Deadline
+from services.fabric.endpoint import Endpoint
+
+logger = logging.getLogger(__name__)
+
+RawHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
+
+
+class DataPlane:
+    """A server that answers health checks from the first moment and is SERVING when told so."""
+
+    def __init__(self, endpoint: Endpoint, max_request_bytes: int) -> None:
+        self._service = endpoint.descriptor.full_name
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", max_request_bytes), *rpc.KEEPALIVE_SERVER])
+        self._server.add_generic_rpc_handlers((_handlers(endpoint),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((self._service, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.address = ""
+
+    async def start(self, address: str) -> None:
+        """Listen on `host:port`; port 0 takes a free one. Raises OSError when the address cannot be had."""
+        await self.set_serving(False)
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
+        self.address = f"{address.rpartition(':')[0]}:{port}"
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health checks answer, for the server as a whole and for its service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", self._service):
+            await self._health.set(name, status)
+
+    async def drain(self, grace_s: float) -> None:
+        """NOT_SERVING, no new calls, and `grace_s` seconds for those in flight."""
+        await self.set_serving(False)
+        await self._server.stop(grace_s)
+
+
+def _handlers(endpoint: Endpoint) -> grpc.GenericRpcHandler:
+    """Byte handlers for each rpc of the endpoint: parsing is ours, so that bad bytes get our error."""
+    handlers: dict[str, Any] = {
+        method.name: grpc.unary_unary_rpc_method_handler(_handler(endpoint, method.name))
+        for method in endpoint.descriptor.methods
+    }
+    return grpc.method_handlers_generic_handler(endpoint.descriptor.full_name, handlers)
+
+
+def _handler(endpoint: Endpoint, name: str) -> RawHandler:
+    """One rpc: the caller's deadline in, the translated error out."""
+
+    async def handle(payload: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
+        try:
+            return await endpoint.call(name, payload, Deadline.after(context.time_remaining()))
+        except SdxsError as error:
+            logger.info("%s: %s: %s", name, error.code, error)
+            await context.abort(*rpc.to_status(error))
+        except Exception:
+            logger.exception("%s failed", name)
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
+        raise AssertionError("abort raises")
+
+    return handle

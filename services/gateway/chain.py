@@ -1,0 +1,77 @@
+"""A request's way through the stages: text encoder, U-Net, decoder.
+
+Stage messages are passed on as they came, without decoding them. Text embeddings are kept by prompt.
+"""
+
+from collections import OrderedDict
+
+from sdxs.v1 import decoder_pb2, text_encoder_pb2, unet_pb2
+from services.fabric.deadline import Deadline
+from services.fabric.peers import Stage
+from services.fabric.wire import embed
+from services.gateway.checks import Order
+
+_TEXT = unet_pb2.DenoiseRequest.TEXT_FIELD_NUMBER
+_LATENT = decoder_pb2.DecodeRequest.LATENT_FIELD_NUMBER
+
+
+class PromptCache:
+    """The least recently used go when the embeddings pass `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._encoded: OrderedDict[str, bytes] = OrderedDict()
+
+    def get(self, prompt: str) -> bytes | None:
+        """The encoded EncodeResponse, if it is still there."""
+        found = self._encoded.get(prompt)
+        if found is not None:
+            self._encoded.move_to_end(prompt)
+        return found
+
+    def put(self, prompt: str, encoded: bytes) -> None:
+        """Keep it, unless it alone is too large."""
+        if len(encoded) > self._max_bytes or prompt in self._encoded:
+            return
+        self._encoded[prompt] = encoded
+        self._bytes += len(encoded)
+        while self._bytes > self._max_bytes:
+            self._bytes -= len(self._encoded.popitem(last=False)[1])
+
+
+class Chain:
+    """The stages of one model."""
+
+    def __init__(self, text_encoder: Stage, unet: Stage, decoder: Stage, cache: PromptCache) -> None:
+        self._text_encoder = text_encoder
+        self._unet = unet
+        self._decoder = decoder
+        self._cache = cache
+
+    @property
+    def ready(self) -> bool:
+        """Whether every stage has a replica."""
+        return self._text_encoder.ready and self._unet.ready and self._decoder.ready
+
+    async def run(self, order: Order, receipts: list[str], deadline: Deadline) -> decoder_pb2.DecodeResponse:
+        """The order's images. Raises SdxsError."""
+        text = await self._encode(order.prompt, deadline)
+        options = unet_pb2.DenoiseRequest(seeds=order.seeds, deterministic=order.deterministic)
+        latent = await self._unet.call("Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
+        wishes = decoder_pb2.DecodeRequest(format=order.format, deterministic=order.deterministic, receipts=receipts)
+        images = await self._decoder.call("Decode", embed(_LATENT, latent) + wishes.SerializeToString(), deadline)
+        return decoder_pb2.DecodeResponse.FromString(images)
+
+    async def check_prompt(self, prompt: str, deadline: Deadline) -> None:
+        """Raises InvalidRequest(field="prompt") for what the text encoder would refuse."""
+        await self._encode(prompt, deadline)
+
+    async def _encode(self, prompt: str, deadline: Deadline) -> bytes:
+        """An encoded EncodeResponse."""
+        encoded = self._cache.get(prompt)
+        if encoded is None:
+            request = text_encoder_pb2.EncodeRequest(prompt=prompt).SerializeToString()
+            encoded = await self._text_encoder.call("Encode", request, deadline)
+            self._cache.put(prompt, encoded)
+        return encoded

@@ -1,0 +1,51 @@
+"""The gateway as a Ray Serve deployment."""
+
+import asyncio
+import logging
+from typing import Any
+
+from sdxs import registry
+from services.fabric.discovery import broadcast
+from services.fabric.endpoint import Endpoint
+from services.fabric.peers import PeerSet
+from services.fabric.replica import Replica
+from services.gateway.chain import Chain, PromptCache
+from services.gateway.health import keep_health
+from services.gateway.service import DESCRIPTOR, GatewayService, open_desk, served_model
+from services.settings import ServingSettings
+
+logger = logging.getLogger(__name__)
+
+_STAGES = ("TextEncoderService", "UNetService", "DecoderService")
+
+
+class GatewayReplica(Replica):
+    """The way in: its own gRPC server on a fixed port, peers learnt from the stages' handles."""
+
+    async def __init__(self, model: str, *stages: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = ServingSettings()
+        _, manifest = await asyncio.to_thread(registry.open_model, model, settings)
+        self._peers = [
+            PeerSet(f"sdxs.v1.{name}", broadcast(handle), manifest.digest, settings.refresh_s, settings.patience_s)
+            for name, handle in zip(_STAGES, stages, strict=True)
+        ]
+        for peers in self._peers:
+            peers.open()
+        served = served_model(manifest)
+        chain = Chain(*self._peers, PromptCache(settings.prompt_cache_bytes))
+        service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
+        endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
+        plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest)
+        self._health = asyncio.create_task(keep_health(service, plane))
+
+    def check_health(self) -> None:
+        """Serve replaces a gateway that no longer watches its stages."""
+        if self._health.done():
+            raise RuntimeError("the gateway's health loop has ended")
+
+    async def __del__(self) -> None:
+        """Stop: health first, then the calls in flight, then the channels."""
+        self._health.cancel()
+        await super().__del__()
+        for peers in self._peers:
+            await peers.close()

@@ -1,0 +1,173 @@
+"""sdxs.v1.GatewayService: requests checked, walked through the stages, or queued as jobs.
+
+Knows the chain, the job queue and the object store by their methods; computes nothing itself.
+"""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+from redis.exceptions import RedisError
+from sdxs.bundle import Manifest
+from sdxs.images import receipt_text
+
+from sdxs.errors import InvalidRequest, PreconditionFailed, Unavailable
+from sdxs.store import ObjectStore, open_store
+from sdxs.v1 import decoder_pb2, gateway_pb2
+from services.fabric.deadline import Deadline
+from services.fabric.jobs import JobQueue, open_queue
+from services.gateway import checks
+from services.gateway.chain import Chain
+from services.settings import ServingSettings
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTOR = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"]
+
+
+class JobDesk:
+    """Where jobs are handed in and asked about. Redis and the store not answering is UNAVAILABLE."""
+
+    def __init__(self, queue: JobQueue, store: Callable[[], ObjectStore], url_ttl_s: int) -> None:
+        self._queue = queue
+        self._store = functools.cache(store)  # opened at the first job: images without jobs need no store
+        self._url_ttl = timedelta(seconds=url_ttl_s)
+
+    async def submit(self, job_id: str, asked: bytes, request: bytes) -> gateway_pb2.SubmitJobResponse:
+        """See JobQueue.submit."""
+        try:
+            state = await self._queue.submit(job_id, asked, request)
+        except RedisError as error:
+            raise Unavailable("the job queue does not answer") from error
+        return gateway_pb2.SubmitJobResponse(job_id=job_id, state=state)
+
+    async def get(self, job_id: str) -> gateway_pb2.GetJobResponse:
+        """The job with a fresh URL for each image."""
+        try:
+            job = await self._queue.get(job_id)
+        except RedisError as error:
+            raise Unavailable("the job queue does not answer") from error
+        if job.images:
+            await asyncio.to_thread(self._sign, job)
+        return job
+
+    def _sign(self, job: gateway_pb2.GetJobResponse) -> None:
+        """Set the URLs. Raises Unavailable when the store does not answer."""
+        expires = datetime.now(UTC) + self._url_ttl
+        try:
+            for image in job.images:
+                image.url = self._store().presign_get(image.key, self._url_ttl)
+                image.url_expires.FromDatetime(expires)
+        except Exception as error:
+            logger.exception("cannot sign the URLs of job %s", job.job_id)
+            raise Unavailable("the object store does not answer") from error
+
+
+class GatewayService:
+    """Serves the models of `chains`, one chain each; without a desk jobs are refused."""
+
+    def __init__(
+        self,
+        models: Mapping[str, checks.ServedModel],
+        chains: Mapping[str, Chain],
+        desk: JobDesk | None,
+        settings: ServingSettings,
+    ) -> None:
+        self._models = models
+        self._chains = chains
+        self._desk = desk
+        self._default_deadline_s = settings.default_deadline_s
+
+    @property
+    def ready(self) -> bool:
+        """Whether every stage of every model has a replica."""
+        return all(chain.ready for chain in self._chains.values())
+
+    async def warm(self) -> None:
+        """One image of each model through all stages. Raises SdxsError when a stage does not answer."""
+        for name in self._models:
+            await self.generate(gateway_pb2.GenerateRequest(prompt="warm", model=name, seed=0), Deadline())
+
+    async def generate(self, request: gateway_pb2.GenerateRequest, deadline: Deadline) -> gateway_pb2.GenerateResponse:
+        """Text to images. Raises SdxsError."""
+        began = time.monotonic()
+        order = checks.order(request, self._models)
+        receipts = [receipt_text(order.prompt, seed, order.model.digest) for seed in order.seeds]
+        deadline = deadline.within(self._default_deadline_s)
+        made = await self._chains[order.model.name].run(order, receipts, deadline)
+        return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
+
+    async def submit_job(self, request: gateway_pb2.SubmitJobRequest, deadline: Deadline) -> gateway_pb2.SubmitJobResponse:
+        """Queue it, if `generate` would not refuse it. Raises SdxsError; fields of the inner request are named `request.…`."""
+        desk = self._desk_or_raise()
+        job_id = checks.job_id(request.request_id)
+        try:
+            order = checks.order(request.request, self._models)
+            await self._chains[order.model.name].check_prompt(order.prompt, deadline.within(self._default_deadline_s))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"request.{error.field}", error.value, error.allowed) from None
+        chosen = gateway_pb2.GenerateRequest()
+        chosen.CopyFrom(request.request)
+        chosen.model, chosen.seed = order.model.name, order.seeds[0]
+        asked = request.request.SerializeToString(deterministic=True)
+        return await desk.submit(job_id, asked, chosen.SerializeToString())
+
+    async def get_job(self, request: gateway_pb2.GetJobRequest, deadline: Deadline) -> gateway_pb2.GetJobResponse:
+        """State, and URLs once there is something to fetch. Raises NotFound."""
+        deadline.remaining()
+        if not request.job_id:
+            raise InvalidRequest("job_id", "", "an id from SubmitJob")
+        return await self._desk_or_raise().get(checks.job_id(request.job_id))
+
+    async def list_models(self, _: gateway_pb2.ListModelsRequest, deadline: Deadline) -> gateway_pb2.ListModelsResponse:
+        """The models served here, the default first."""
+        deadline.remaining()
+        models = [
+            gateway_pb2.Model(
+                name=model.name,
+                digest=model.digest,
+                width=model.width,
+                height=model.height,
+                max_prompt_tokens=model.max_prompt_tokens,
+            )
+            for model in self._models.values()
+        ]
+        return gateway_pb2.ListModelsResponse(models=models)
+
+    def _desk_or_raise(self) -> JobDesk:
+        """The desk. Raises PreconditionFailed without one."""
+        if self._desk is None:
+            raise PreconditionFailed("this server has no job queue: SDXS_REDIS_URL is empty")
+        return self._desk
+
+
+def _receipt(order: checks.Order, made: decoder_pb2.DecodeResponse, seconds: float) -> gateway_pb2.Receipt:
+    """What was done."""
+    return gateway_pb2.Receipt(
+        model=order.model.name,
+        model_digest=order.model.digest,
+        prompt=order.prompt,
+        seeds=order.seeds,
+        width=order.model.width,
+        height=order.model.height,
+        unet_batch=made.unet_batch,
+        decoder_batch=made.batch,
+        deterministic=order.deterministic,
+        seconds=seconds,
+    )
+
+
+def served_model(manifest: Manifest) -> checks.ServedModel:
+    """What the gateway needs to know of a bundle."""
+    size = manifest.image_size
+    return checks.ServedModel(manifest.name, manifest.digest, size, size, manifest.max_prompt_tokens)
+
+
+def open_desk(settings: ServingSettings) -> JobDesk | None:
+    """The desk of the queue and the store the settings name; None without a queue."""
+    if not settings.redis_url:
+        return None
+    return JobDesk(open_queue(settings), lambda: open_store(settings), settings.url_ttl_s)

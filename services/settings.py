@@ -1,0 +1,37 @@
+"""How the servers behave: limits, times, the queue. Where things are: sdxs.settings; how many replicas: services.app."""
+
+from sdxs.settings import Settings
+
+
+class ServingSettings(Settings):
+    """Read from SDXS_ variables by each process's composition root."""
+
+    max_batch: int = 8
+    """Most images computed together."""
+    max_in_flight: int = 64
+    """Most calls a stage replica holds; more are refused with RESOURCE_EXHAUSTED."""
+    gateway_max_in_flight: int = 128
+    default_deadline_s: float = 60.0
+    """For callers who set none."""
+    patience_s: float = 45.0
+    """How long a call waits for a replica to appear."""
+    refresh_s: float = 5.0
+    """How often replicas' addresses are asked for while nothing is wrong."""
+    drain_s: float = 10.0
+    """What a stopping server grants the calls in flight."""
+    prompt_cache_bytes: int = 32 << 20
+    """Text embeddings the gateway keeps."""
+    max_message_bytes: int = 64 << 20
+    """Largest stage message; 16 latents of 64x64 are 1 MB, 16 raw images of 512x512 are 12 MB."""
+
+    job_visibility_s: float = 30.0
+    """A job whose worker has not been heard of for so long is given to another."""
+    job_max_deliveries: int = 3
+    """Then it is dead."""
+    job_concurrency: int = 1
+    """Jobs a worker does at a time."""
+    job_ttl_s: int = 24 * 3600
+    """How long a finished job can be asked about."""
+    max_queued_jobs: int = 10_000
+    url_ttl_s: int = 3600
+    """How long a presigned URL works."""

@@ -1,0 +1,1 @@
+"""The text encoder's room: prompts to text embeddings."""

@@ -1,0 +1,50 @@
+"""sdxs.v1.TextEncoderService over a bundle's text encoder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxs import tensors
+from sdxs.errors import InvalidRequest
+from sdxs.v1 import text_encoder_pb2
+from services.fabric.batcher import GreedyBatcher
+from services.fabric.deadline import Deadline
+from services.settings import ServingSettings
+
+if TYPE_CHECKING:
+    from sdxs.stages import TextEncoder
+
+DESCRIPTOR = text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"]
+
+
+class TextEncoderService:
+    """Each prompt is encoded alone: the gateway keeps the result, so its bits must not depend on who came at the same time."""
+
+    def __init__(self, encoder: "TextEncoder", model_digest: str, settings: ServingSettings) -> None:
+        self._encoder = encoder
+        self._model_digest = model_digest
+        self._batcher = GreedyBatcher(self._compute, max_batch=1, max_waiting=settings.max_in_flight)
+
+    async def warm(self) -> None:
+        """Pay for the first forward pass now."""
+        await self.encode(text_encoder_pb2.EncodeRequest(prompt="warm"), Deadline())
+
+    async def encode(self, request: text_encoder_pb2.EncodeRequest, deadline: Deadline) -> text_encoder_pb2.EncodeResponse:
+        """[tokens, width] float. Raises InvalidRequest(field="prompt") when it is empty or too long."""
+        if not request.prompt.strip():
+            raise InvalidRequest("prompt", request.prompt, "some text")
+        deadline.remaining()
+        self._encoder.check(request.prompt)
+        [computed] = await self._batcher.submit([request.prompt])
+        return text_encoder_pb2.EncodeResponse(text=tensors.encode(computed.result), model_digest=self._model_digest)
+
+    def _compute(self, prompts: Sequence[str]) -> Sequence[tensors.Array]:
+        """One forward pass."""
+        return list(self._encoder.encode(list(prompts)))
+
+
+def load(folder: Path, model_digest: str, settings: ServingSettings) -> TextEncoderService:
+    """The service over the bundle in `folder`; imports torch."""
+    from sdxs.stages import TextEncoder
+
+    return TextEncoderService(TextEncoder.from_bundle(folder, settings), model_digest, settings)

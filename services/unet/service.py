@@ -1,0 +1,72 @@
+"""sdxs.v1.UNetService over a bundle's U-Net."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdxs import tensors
+from sdxs.errors import InvalidRequest
+from sdxs.noise import latent_noise
+from sdxs.v1 import text_encoder_pb2, unet_pb2
+from services.fabric.batcher import GreedyBatcher
+from services.fabric.deadline import Deadline
+from services.settings import ServingSettings
+
+if TYPE_CHECKING:
+    from sdxs.stages import UNet
+
+DESCRIPTOR = unet_pb2.DESCRIPTOR.services_by_name["UNetService"]
+MAX_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What one image is computed from."""
+
+    seed: int
+    text_LD: tensors.Array
+
+
+class UNetService:
+    """Batches images across requests; the noise of each follows from its seed alone."""
+
+    def __init__(self, unet: "UNet", model_digest: str, settings: ServingSettings) -> None:
+        self._unet = unet
+        self._model_digest = model_digest
+        self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+
+    async def warm(self) -> None:
+        """Pay for the first forward pass now."""
+        text = tensors.encode(np.zeros(self._unet.text_shape, np.float32))
+        encoded = text_encoder_pb2.EncodeResponse(text=text, model_digest=self._model_digest)
+        await self.denoise(unet_pb2.DenoiseRequest(text=encoded, seeds=[0]), Deadline())
+
+    async def denoise(self, request: unet_pb2.DenoiseRequest, deadline: Deadline) -> unet_pb2.DenoiseResponse:
+        """[images, channels, height, width] float. Raises InvalidRequest that names the field at fault."""
+        deadline.remaining()
+        if not 1 <= len(request.seeds) <= MAX_IMAGES:
+            raise InvalidRequest("seeds", len(request.seeds), f"1 to {MAX_IMAGES} seeds")
+        if request.text.model_digest != self._model_digest:
+            raise InvalidRequest("text.model_digest", request.text.model_digest, self._model_digest)
+        text_LD = tensors.decode(request.text.text, "text.text", self._unet.text_shape)
+        images = [_Image(seed, text_LD) for seed in request.seeds]
+        computed = await self._batcher.submit(images, alone=request.deterministic)
+        latent_BCHW = np.stack([done.result for done in computed])
+        batch = max(done.batch for done in computed)
+        return unet_pb2.DenoiseResponse(latent=tensors.encode(latent_BCHW), model_digest=self._model_digest, batch=batch)
+
+    def _compute(self, images: Sequence[_Image]) -> Sequence[tensors.Array]:
+        """One forward pass."""
+        noise_BCHW = np.stack([latent_noise(image.seed, self._unet.latent_shape) for image in images])
+        text_BLD = np.stack([image.text_LD for image in images])
+        return list(self._unet.denoise(noise_BCHW, text_BLD))
+
+
+def load(folder: Path, model_digest: str, settings: ServingSettings) -> UNetService:
+    """The service over the bundle in `folder`; imports torch."""
+    from sdxs.stages import UNet
+
+    return UNetService(UNet.from_bundle(folder, settings), model_digest, settings)

@@ -1,0 +1,42 @@
+"""The job worker as a Ray Serve deployment."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+from sdxs.store import open_store
+from services.fabric.deadline import Deadline
+from services.fabric.discovery import broadcast
+from services.fabric.jobs import open_queue
+from services.fabric.peers import PeerSet
+from services.settings import ServingSettings
+from services.worker.service import Worker
+
+
+class WorkerReplica:
+    """Takes jobs and has the gateways do them, as any client would. Nobody calls it, so it has no data plane."""
+
+    async def __init__(self, gateway: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = ServingSettings()
+        self._gateways = PeerSet("sdxs.v1.GatewayService", broadcast(gateway), "", settings.refresh_s, settings.patience_s)
+        self._gateways.open()
+        self._worker = Worker(open_queue(settings), lambda: open_store(settings), self._generate, settings)
+        self._running = asyncio.create_task(self._worker.run())
+        self._drain_s = settings.drain_s
+
+    async def _generate(self, request: bytes, deadline: Deadline) -> bytes:
+        """One call to a gateway."""
+        return await self._gateways.call("Generate", request, deadline)
+
+    def check_health(self) -> None:
+        """Serve replaces a worker whose loop has ended."""
+        if self._running.done():
+            raise RuntimeError("the worker's loop has ended")
+
+    async def __del__(self) -> None:
+        """Finish the job in hand; what does not end in time goes to another worker."""
+        self._worker.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                await self._running
+        await self._gateways.close()

@@ -1,0 +1,98 @@
+"""The greedy batcher, on a device that can be held."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from sdxs.errors import Overloaded
+from services.fabric.batcher import GreedyBatcher
+
+
+class Device:
+    """Doubles numbers; holds the first batch until released."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        assert self.release.wait(10)
+        if 13 in items:
+            raise ValueError("unlucky")
+        return [2 * item for item in items]
+
+
+async def held(device: Device, batcher: GreedyBatcher[int, int]) -> "asyncio.Task[object]":
+    """A first item that keeps the device busy."""
+    first = asyncio.create_task(batcher.submit([0]))
+    while not device.batches:  # noqa: ASYNC110 - set by the device's thread
+        await asyncio.sleep(0.001)
+    return first
+
+
+async def test_takes_all_that_waits_and_waits_for_nobody() -> None:
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=4, max_waiting=100)
+    first = await held(device, batcher)
+    waiting = [asyncio.create_task(batcher.submit([number])) for number in range(1, 7)]
+    await asyncio.sleep(0)
+    device.release.set()
+    results = [(await task)[0] for task in waiting]
+    await first
+    assert [done.result for done in results] == [2, 4, 6, 8, 10, 12]
+    assert [done.batch for done in results] == [4, 4, 4, 4, 2, 2]
+    assert device.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    batcher.close()
+
+
+async def test_an_item_that_asks_for_it_is_alone() -> None:
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=4, max_waiting=100)
+    first = await held(device, batcher)
+    waiting = [asyncio.create_task(batcher.submit([number], alone=number in (2, 3))) for number in (1, 2, 3, 4, 5)]
+    await asyncio.sleep(0)
+    device.release.set()
+    await asyncio.gather(first, *waiting)
+    assert device.batches == [[0], [1], [2], [3], [4, 5]]
+    batcher.close()
+
+
+async def test_a_cancelled_caller_takes_its_items_with_it() -> None:
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=4, max_waiting=100)
+    first = await held(device, batcher)
+    leaving = asyncio.create_task(batcher.submit([1, 2]))
+    staying = asyncio.create_task(batcher.submit([3]))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    device.release.set()
+    await asyncio.gather(first, staying)
+    assert device.batches == [[0], [3]]
+    batcher.close()
+
+
+async def test_a_failure_reaches_its_callers_and_nobody_else() -> None:
+    device = Device()
+    device.release.set()
+    batcher = GreedyBatcher(device, max_batch=1, max_waiting=100)
+    with pytest.raises(ValueError, match="unlucky"):
+        await batcher.submit([13])
+    assert (await batcher.submit([4]))[0].result == 8
+    batcher.close()
+
+
+async def test_a_full_queue_refuses() -> None:
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=1, max_waiting=2)
+    first = await held(device, batcher)
+    waiting = asyncio.create_task(batcher.submit([1, 2]))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await batcher.submit([3])
+    device.release.set()
+    await asyncio.gather(first, waiting)
+    batcher.close()

@@ -1,0 +1,207 @@
+"""Calls to peers, over real gRPC servers in this process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+
+from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from sdxs.v1 import text_encoder_pb2
+from services.fabric.deadline import Deadline
+from services.fabric.endpoint import Endpoint
+from services.fabric.peers import Address, PeerSet
+from services.fabric.server import DataPlane
+
+DESCRIPTOR = text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"]
+ANY = text_encoder_pb2.EncodeRequest(prompt="a").SerializeToString()
+
+
+class Room:
+    """Answers with its own name, or as it is told."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls = 0
+        self.cancelled = False
+        self.error: Exception | None = None
+        self.hold: asyncio.Event | None = None
+
+    async def encode(self, _: text_encoder_pb2.EncodeRequest, deadline: Deadline) -> text_encoder_pb2.EncodeResponse:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        if self.hold is not None:
+            try:
+                await self.hold.wait()
+            except asyncio.CancelledError:
+                self.cancelled = True
+                raise
+        return text_encoder_pb2.EncodeResponse(model_digest=self.name)
+
+
+class Site:
+    """Servers that come and go, and the list of them."""
+
+    def __init__(self) -> None:
+        self.planes: dict[Address, DataPlane] = {}
+
+    async def add(self, room: Room, digest: str = "d", max_in_flight: int = 8) -> Address:
+        plane = DataPlane(Endpoint(DESCRIPTOR, room, max_in_flight), 1 << 20)
+        await plane.start("127.0.0.1:0")
+        address = Address(plane.address, digest, 0)
+        self.planes[address] = plane
+        return address
+
+    async def kill(self, address: Address) -> None:
+        await self.planes.pop(address).drain(0)
+
+    async def resolve(self) -> Sequence[Address]:
+        return list(self.planes)
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    site = Site()
+    yield site
+    for address in list(site.planes):
+        await site.kill(address)
+
+
+@pytest.fixture
+async def peers(site: Site) -> AsyncIterator[PeerSet]:
+    peers = PeerSet(DESCRIPTOR.full_name, site.resolve, "d", refresh_s=0.2, patience_s=2.0)
+    peers.open()
+    yield peers
+    await peers.close()
+
+
+async def name_of(peers: PeerSet, seconds: float = 5.0) -> str:
+    answer = await peers.call("Encode", ANY, Deadline.after(seconds))
+    return text_encoder_pb2.EncodeResponse.FromString(answer).model_digest
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is waited for knows nothing of events
+            await asyncio.sleep(0.01)
+
+
+async def known(peers: PeerSet, number: int) -> None:
+    await until(lambda: len(peers._peers) == number)
+
+
+async def test_a_dead_peer_is_replaced_by_the_living(site: Site, peers: PeerSet) -> None:
+    first = await site.add(Room("first"))
+    assert await name_of(peers) == "first"
+    await site.kill(first)
+    await site.add(Room("second"))
+    assert await name_of(peers) == "second"
+
+
+async def test_a_broken_connection_is_noticed_without_a_call(site: Site, peers: PeerSet) -> None:
+    address = await site.add(Room("only"))
+    await name_of(peers)
+    peers.refresh_s = 100
+    await asyncio.sleep(0.35)  # into the long wait
+    await site.kill(address)
+    await known(peers, 0)
+    assert not peers.ready
+
+
+async def test_a_call_waits_for_a_replica_that_is_yet_to_come(site: Site, peers: PeerSet) -> None:
+    call = asyncio.create_task(name_of(peers))
+    await asyncio.sleep(0.3)
+    await site.add(Room("late"))
+    assert await call == "late"
+
+
+async def test_patience_ends(peers: PeerSet) -> None:
+    peers.patience_s = 0.2
+    with pytest.raises(Unavailable):
+        await name_of(peers)
+
+
+async def test_the_callers_deadline_comes_first(peers: PeerSet) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await name_of(peers, seconds=0.2)
+
+
+async def test_another_models_replicas_are_left_alone(site: Site, peers: PeerSet) -> None:
+    await site.add(Room("other"), digest="e")
+    await site.add(Room("ours"), digest="d")
+    assert {await name_of(peers) for _ in range(20)} == {"ours"}
+
+
+async def test_a_full_peer_sends_the_call_to_another(site: Site, peers: PeerSet) -> None:
+    await site.add(Room("full"), max_in_flight=0)
+    await site.add(Room("free"))
+    await known(peers, 2)
+    assert {await name_of(peers) for _ in range(20)} == {"free"}
+
+
+async def test_all_full_is_overloaded(site: Site, peers: PeerSet) -> None:
+    await site.add(Room("full"), max_in_flight=0)
+    await site.add(Room("full too"), max_in_flight=0)
+    await known(peers, 2)
+    with pytest.raises(Overloaded):
+        await name_of(peers)
+
+
+async def test_the_less_busy_of_two_is_taken(site: Site, peers: PeerSet) -> None:
+    busy, idle = Room("busy"), Room("idle")
+    await site.add(busy)
+    busy.hold = asyncio.Event()
+    await known(peers, 1)
+    stuck = [asyncio.create_task(name_of(peers)) for _ in range(3)]
+    await until(lambda: busy.calls == 3)
+    await site.add(idle)
+    await known(peers, 2)
+    assert {await name_of(peers) for _ in range(10)} == {"idle"}
+    busy.hold.set()
+    await asyncio.gather(*stuck)
+
+
+async def test_a_refusal_is_not_tried_elsewhere(site: Site, peers: PeerSet) -> None:
+    room = Room("strict")
+    room.error = InvalidRequest("prompt", "a", "at least two letters")
+    await site.add(room)
+    with pytest.raises(InvalidRequest) as caught:
+        await name_of(peers)
+    assert caught.value.field == "prompt"
+    assert room.calls == 1
+
+
+@pytest.mark.parametrize("how", ["deadline", "cancel"])
+async def test_deadline_and_cancellation_reach_the_replica(site: Site, peers: PeerSet, how: str) -> None:
+    room = Room("slow")
+    room.hold = asyncio.Event()
+    await site.add(room)
+    call = asyncio.create_task(name_of(peers, seconds=0.3 if how == "deadline" else 10))
+    await until(lambda: room.calls == 1)
+    if how == "cancel":
+        call.cancel()
+    with pytest.raises(asyncio.CancelledError if how == "cancel" else DeadlineExceeded):
+        await call
+    await until(lambda: room.cancelled)
+
+
+async def test_a_draining_replica_answers_what_it_has(site: Site, peers: PeerSet) -> None:
+    room = Room("leaving")
+    room.hold = asyncio.Event()
+    address = await site.add(room)
+    call = asyncio.create_task(name_of(peers))
+    await until(lambda: room.calls == 1)
+    draining = asyncio.create_task(site.planes.pop(address).drain(5))
+    await known(peers, 0)
+    room.hold.set()
+    assert await call == "leaving"
+    await draining
+
+
+async def test_an_unforeseen_error_keeps_its_text(site: Site, peers: PeerSet) -> None:
+    room = Room("broken")
+    room.error = RuntimeError("secret /path")
+    await site.add(room)
+    with pytest.raises(Exception, match="internal error") as caught:
+        await name_of(peers)
+    assert "secret" not in str(caught.value)
