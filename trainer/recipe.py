@@ -36,7 +36,8 @@ class Optimisation(Section):
 class AutoencoderSection(Optimisation):
     config: dict[str, Any]
     kl: float = Field(default=1e-3, ge=0)
-    layout: float = Field(default=3.0, ge=0)
+    layout: float = Field(default=1.0, ge=0)
+    colour: float = Field(default=0.5, ge=0)
 
 
 class DenoiserSection(Optimisation):

@@ -46,8 +46,8 @@ def build(recipe: TeacherRecipe, name: str, folder: Path) -> Stage:
     if name == "autoencoder":
         section = recipe.autoencoder
         return AutoencoderStage(
-            section.config, schedule(section), image_source(world), section.batch, section.kl, section.layout, recipe.seed
-        )
+            section.config, schedule(section), image_source(world), section.batch, section.kl, section.layout, section.colour, recipe.seed
+        )  # fmt: skip
     return _denoiser(recipe, world, folder)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.loop import Schedule, Stage, Trainable, step_generator
 from trainer.objectives.decoder import down8_l1
-from trainer.objectives.reconstruction import gradient_l1, kl_per_element
+from trainer.objectives.reconstruction import gradient_l1, kl_per_element, opponent_l1
 
 ImageBatch = Callable[[int, torch.Generator], Tensor]
 
@@ -22,16 +22,17 @@ class AutoencoderStage(Stage):
 
     Args:
         config: AutoencoderKL configuration.
-        layout: weight of the L1 between images averaged over 8x8 blocks: without it rare colours (green, purple) stay grey for long.
+        layout: weight of the L1 between images averaged over 8x8 blocks.
+        colour: weight of the opponent-colour L1.
         images: draws a batch of images in [-1, 1], shape (B, 3, H, W).
     """
 
     def __init__(
-        self, config: dict[str, Any], schedule: Schedule, images: ImageBatch, batch: int, kl: float, layout: float, seed: int
+        self, config: dict[str, Any], schedule: Schedule, images: ImageBatch, batch: int, kl: float, layout: float, colour: float, seed: int
     ) -> None:
         torch.manual_seed(seed)
         self.vae = AutoencoderKL(**config).to(memory_format=torch.channels_last)
-        self.images, self.batch, self.kl, self.layout, self.seed = images, batch, kl, layout, seed
+        self.images, self.batch, self.kl, self.layout, self.colour, self.seed = images, batch, kl, layout, colour, seed
         self.steps = schedule.steps
         self.trainables = {"vae": Trainable(self.vae, schedule, weight_decay=0.0, ema_decay=0.995)}
 
@@ -46,10 +47,11 @@ class AutoencoderStage(Stage):
         kl = kl_per_element(posterior.mean, posterior.logvar)
         loss = error.abs().mean() + mse + 0.5 * gradient_l1(output_BCHW, image_BCHW)
         layout = down8_l1(output_BCHW, image_BCHW)
-        loss = loss + self.layout * layout + self.kl * kl
+        colour = opponent_l1(output_BCHW, image_BCHW)
+        loss = loss + self.layout * layout + self.colour * colour + self.kl * kl
         norm = self.trainables["vae"].update(loss, index)
         psnr = 10 * torch.log10(4.0 / mse.detach())
-        return {"loss": loss, "psnr_db": psnr, "layout_l1": layout, "kl": kl, "gradient_norm": norm}
+        return {"loss": loss, "psnr_db": psnr, "layout_l1": layout, "colour_l1": colour, "kl": kl, "gradient_norm": norm}
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:

@@ -1,0 +1,74 @@
+"""`sdxs generate`: a prompt to an image file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdxs.errors import InvalidRequest
+from sdxs.settings import Settings
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; .png, .jpg or .webp. With -n 3: name-0, name-1, name-2.")],
+    model: Annotated[str, typer.Option(help="Bundle: name, name@pointer, sha256:digest or folder.")] = "emoji",
+    seed: Annotated[int, typer.Option(help="Same seed, same image. Image i of a request has seed + i.")] = 0,
+    n: Annotated[int, typer.Option("-n", help="How many images, 1 to 16.")] = 1,
+    server: Annotated[str | None, typer.Option(help="host:port of a gateway; without it the image is made in this process.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Make images of PROMPT.
+
+    \b
+    sdxs generate "red apple" -o apple.png
+    sdxs generate "thumbs up dark skin tone" -o thumb.png --seed 7 -n 4
+    sdxs generate "red apple" -o apple.jpg --server 127.0.0.1:8500
+    """
+    if output.suffix.lower() not in SUFFIXES:
+        raise InvalidRequest("output", str(output), f"a file ending in {', '.join(SUFFIXES)}")
+    start = time.perf_counter()
+    make = _from_server if server else _in_process
+    files = make(prompt, model, seed, n, SUFFIXES[output.suffix.lower()], server or "")
+    paths = [output if n == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(n)]
+    for path, data in zip(paths, files, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    seconds = round(time.perf_counter() - start, 3)
+    if as_json:
+        typer.echo(json.dumps({"files": [str(p) for p in paths], "prompt": prompt, "model": model, "seed": seed, "seconds": seconds}))
+    else:
+        typer.echo(f"{', '.join(str(p) for p in paths)} ({seconds} s)")
+
+
+def _in_process(prompt: str, model: str, seed: int, n: int, kind: str, _server: str) -> list[bytes]:
+    import numpy as np
+
+    from sdxs import images
+    from sdxs.noise import image_seeds
+    from sdxs.pipeline import OneStepPipeline
+
+    pipeline = OneStepPipeline.from_bundle(model, Settings())
+    made = pipeline(prompt, seed, n)
+    receipts = [
+        json.dumps({"prompt": prompt, "seed": s, "model": pipeline.manifest.name, "digest": pipeline.manifest.digest})
+        for s in image_seeds(seed, n)
+    ]
+    return [
+        images.encode(np.asarray(image), images.NAMES[kind], receipt) for image, receipt in zip(made, receipts, strict=True)
+    ]
+
+
+def _from_server(prompt: str, model: str, seed: int, n: int, kind: str, server: str) -> list[bytes]:
+    from sdxs.client import Client
+
+    with Client(server) as client:
+        return [image.data for image in client.generate(prompt, model=model, seed=seed, n=n, format=kind)]

@@ -1,0 +1,100 @@
+"""The three networks of a bundle, one class each: exactly what a replica hosts, and what the in-process pipeline composes. Imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sdxs import bundle
+from sdxs.errors import InvalidRequest
+from sdxs.settings import Settings
+
+Array = np.ndarray
+
+
+def _load(kind: Any, folder: Path, settings: Settings) -> Any:
+    """A network for inference, in float32 (what a CPU is fast at), weights laid out channels last."""
+    torch.set_num_threads(settings.torch_threads)
+    network = kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)
+
+
+class TextEncoder:
+    """Prompts to the hidden states that condition the U-Net."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, network: CLIPTextModel) -> None:
+        self.tokenizer, self.network = tokenizer, network
+
+    @classmethod
+    def from_bundle(cls, folder: Path, settings: Settings) -> TextEncoder:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        return cls(tokenizer, _load(CLIPTextModel, folder / "text_encoder", settings))
+
+    def check(self, prompt: str) -> None:
+        """Raises InvalidRequest(field="prompt") when it is empty or longer than the model reads."""
+        if not prompt.strip():
+            raise InvalidRequest("prompt", prompt, "some text")
+        limit = self.tokenizer.model_max_length
+        count = len(self.tokenizer(prompt)["input_ids"])
+        if count > limit:
+            raise InvalidRequest("prompt", prompt, f"at most {limit} tokens with start and end; this has {count}")
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> Array:
+        """float32 hidden states, shape (B, L, D)."""
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+        states: Array = self.network(tokens["input_ids"]).last_hidden_state.float().numpy()
+        return states
+
+
+class UNet:
+    """One evaluation of the student, from unit noise to x0."""
+
+    def __init__(self, network: Any, manifest: bundle.Manifest) -> None:
+        self.network, self.constants = network, manifest.one_step
+        self.latent_shape = manifest.latent_shape
+        self.text_shape = (manifest.max_prompt_tokens, manifest.text_width)
+
+    @classmethod
+    def from_bundle(cls, folder: Path, settings: Settings) -> UNet:
+        network = _load(diffusers.UNet2DConditionModel, folder / "unet", settings)
+        return cls(network, bundle.read(folder, verify=False))
+
+    @torch.inference_mode()
+    def denoise(self, noise_BCHW: Array, text_BLD: Array) -> Array:
+        """x0 = a noise + b unet(c noise), combined in float32; returns float32 latents of the noise's shape."""
+        noise = torch.from_numpy(np.ascontiguousarray(noise_BCHW, dtype=np.float32))
+        text = torch.from_numpy(np.ascontiguousarray(text_BLD, dtype=np.float32))
+        scaled = (noise * self.constants.input_scale).contiguous(memory_format=torch.channels_last)
+        output = self.network(scaled, self.constants.timestep, text, return_dict=False)[0].float()
+        latent = self.constants.latent_coefficient * noise + self.constants.output_coefficient * output
+        return latent.contiguous().numpy()
+
+
+class Decoder:
+    """Latents to pixels."""
+
+    def __init__(self, network: Any, latent_shape: tuple[int, int, int]) -> None:
+        self.network, self.latent_shape = network, latent_shape
+
+    @classmethod
+    def from_bundle(cls, folder: Path, settings: Settings) -> Decoder:
+        manifest = bundle.read(folder, verify=False)
+        kind = bundle.read_config(folder, "vae/config.json")["_class_name"]
+        if kind not in ("AutoencoderTiny", "AutoencoderKL"):
+            raise InvalidRequest("vae", kind, "AutoencoderTiny or AutoencoderKL")
+        return cls(_load(getattr(diffusers, kind), folder / "vae", settings), manifest.latent_shape)
+
+    @torch.inference_mode()
+    def decode(self, latent_BCHW: Array) -> Array:
+        """uint8 images, shape (B, H, W, 3), scaled and rounded as diffusers' image processor does."""
+        latent = torch.from_numpy(np.ascontiguousarray(latent_BCHW, dtype=np.float32)) / self.network.config.scaling_factor
+        image = self.network.decode(latent.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        pixels = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8)
+        return pixels.contiguous().numpy()

@@ -1,0 +1,162 @@
+"""Scores every stage of a distillation side by side: the teacher, its autoencoder, and the student after each stage."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor
+
+from sdxs.noise import latent_noise
+from trainer.diffusion import sample
+from trainer.judge import Judge, to_tensor
+from trainer.recipe import EvaluationSection
+from trainer.stages.context import OneStep
+from trainer.teacher import Teacher, load_frozen
+
+Images = np.ndarray
+Generate = Callable[[list[str], list[int]], Images]
+BATCH = 32
+SEED = 20_000_000  # far from the seeds of any pair
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report. `top1`/`top5` are shares; `latency_ms` is per image at batch 1, None where it makes no sense."""
+
+    world: str
+    split: str
+    row: str
+    top1: float
+    top5: float | None
+    frechet: float
+    latency_ms: float | None
+    images: int
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def to_uint8(image_BCHW: Tensor) -> Images:
+    """[-1, 1] floats to uint8 (B, H, W, 3), rounding as diffusers does."""
+    scaled = (image_BCHW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round()
+    return scaled.to(torch.uint8).numpy()
+
+
+class Generators:
+    """The ways to make an image from a caption and a seed that are compared; all start from the same noise."""
+
+    def __init__(self, teacher: Teacher, decoder_folder: Path, evaluation: EvaluationSection) -> None:
+        self.teacher, self.evaluation = teacher, evaluation
+        self.decoder: AutoencoderTiny = load_frozen(AutoencoderTiny, decoder_folder / "vae")
+        self.decoder.to(memory_format=torch.channels_last)
+        config = teacher.unet.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    def _noise(self, seeds: list[int]) -> Tensor:
+        return torch.from_numpy(np.stack([latent_noise(seed, self.shape) for seed in seeds]))
+
+    def multi_step_teacher(self) -> Generate:
+        """The teacher with guidance, decoded by its own autoencoder."""
+
+        @torch.no_grad()
+        def generate(captions: list[str], seeds: list[int]) -> Images:
+            predict = self.teacher.guided(captions, self.evaluation.teacher_guidance)
+            latent = sample(predict, self._noise(seeds), self.teacher.scheduler_config, self.evaluation.teacher_steps)
+            return to_uint8(self.teacher.decode(latent))
+
+        return generate
+
+    def multi_step_student(self, folder: Path) -> Generate:
+        """The shrunk student sampled as the teacher is, decoded by the tiny decoder."""
+        unet: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet")
+        unet.to(memory_format=torch.channels_last)
+        scale = self.evaluation.teacher_guidance
+
+        @torch.no_grad()
+        def generate(captions: list[str], seeds: list[int]) -> Images:
+            text = torch.cat([self.teacher.text.encode([""] * len(captions)), self.teacher.text.encode(captions)])
+
+            def predict(x: Tensor, t: Tensor) -> Tensor:
+                uncond, cond = unet(torch.cat([x, x]), torch.cat([t, t]), text).sample.chunk(2)
+                guided: Tensor = uncond + scale * (cond - uncond)
+                return guided
+
+            latent = sample(predict, self._noise(seeds), self.teacher.scheduler_config, self.evaluation.teacher_steps)
+            return to_uint8(self.decoder.decode(latent).sample)
+
+        return generate
+
+    def one_step(self, folder: Path) -> Generate:
+        """One evaluation at t = 999 without guidance, decoded by the tiny decoder."""
+        unet: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet")
+        step = OneStep(unet.to(memory_format=torch.channels_last), self.teacher.text, self.teacher.diffusion)
+
+        @torch.no_grad()
+        def generate(captions: list[str], seeds: list[int]) -> Images:
+            return to_uint8(self.decoder.decode(step(self._noise(seeds), captions)).sample)
+
+        return generate
+
+
+def in_batches(generate: Generate, captions: list[str]) -> Images:
+    """Images of all captions; image i has seed SEED + i."""
+    starts = range(0, len(captions), BATCH)
+    parts = [generate(captions[i : i + BATCH], list(range(SEED + i, SEED + min(i + BATCH, len(captions))))) for i in starts]
+    return np.concatenate(parts)
+
+
+def latency_ms(generate: Generate, caption: str, repeats: int) -> float:
+    """Median milliseconds of one image at batch 1, text encoding cached as in serving, after two warm-up calls."""
+    times = []
+    for i in range(repeats + 2):
+        start = time.perf_counter()
+        generate([caption], [SEED + i])
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times[2:]), 2)
+
+
+@torch.no_grad()
+def reconstruct(teacher: Teacher, image_BHWC: Images) -> Images:
+    """Real images through the teacher's autoencoder: the ceiling of everything made in its latents."""
+    parts = [teacher.decode(teacher.vae.encode(part).latent_dist.mean) for part in to_tensor(image_BHWC).split(64)]
+    return to_uint8(torch.cat(parts))
+
+
+def choose_captions(judge: Judge, split: str, count: int) -> list[str]:
+    """`count` captions of a split, evenly spread over it; repeated with other seeds where there are too few."""
+    captions = judge.world.captions(split)
+    if count >= len(captions):
+        return (captions * -(-count // len(captions)))[:count]
+    return [captions[i * len(captions) // count] for i in range(count)]
+
+
+def score_rows(
+    judge: Judge, teacher: Teacher, generators: dict[str, Generate], evaluation: EvaluationSection, progress: Callable[[str], None]
+) -> list[Row]:
+    """All rows for both splits, the autoencoder's ("vae") first."""
+    rows: list[Row] = []
+    latencies: dict[str, float] = {}
+    for split, count in (("train", evaluation.train_images), ("heldout", evaluation.heldout_images)):
+        captions = choose_captions(judge, split, count)
+        made: dict[str, Callable[[], Images]] = {"vae": lambda c=captions: reconstruct(teacher, judge.world.reference_images(c))}  # type: ignore[misc]
+        made |= {name: (lambda g=generate, c=captions: in_batches(g, c)) for name, generate in generators.items()}  # type: ignore[misc]
+        for name, make in made.items():
+            progress(f"{split} {name}")
+            scores = judge.score(make(), captions)
+            if name in generators and name not in latencies:
+                slow = name in ("teacher", "kd")
+                latencies[name] = latency_ms(generators[name], captions[0], 5 if slow else 30)
+            rows.append(
+                Row(
+                    judge.world.name, split, name, round(scores.top1, 4), None if scores.top5 is None else round(scores.top5, 4),
+                    round(scores.frechet, 4), latencies.get(name), len(captions),
+                )  # fmt: skip
+            )
+    return rows
