@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
-from ray.serve.handle import Application
 
 from services.decoder.deployment import DecoderReplica
 from services.fabric.environment import REPLICA_ENVIRONMENT
@@ -83,7 +83,6 @@ def _deployment(name: str, replica: type, placement: Placement) -> serve.Deploym
             ),
         }
     return serve.deployment(
-        replica,
         name=name,
         ray_actor_options={"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus},
         health_check_period_s=1.0,
@@ -92,4 +91,4 @@ def _deployment(name: str, replica: type, placement: Placement) -> serve.Deploym
         graceful_shutdown_timeout_s=20.0,
         logging_config={"enable_access_log": False},
         **options,
-    )
+    )(replica)

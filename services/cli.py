@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
@@ -41,9 +41,7 @@ Examples:
 
 @app.callback(invoke_without_command=True, help=_HELP)
 def serve(
-    model: Annotated[
-        str, typer.Option(help="Name, name@pointer, sha256:digest, folder or s3:// bundle.")
-    ] = "emoji",
+    model: Annotated[str, typer.Option(help="Name, name@pointer, sha256:digest, folder or s3:// bundle.")] = "emoji",
     port: Annotated[int | None, typer.Option(help="Port of the gateway, in place of SDXS_GATEWAY_ADDRESS's.")] = None,
     local: Annotated[bool, typer.Option("--local", help="One process, no Ray.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve config file and end.")] = False,
@@ -79,22 +77,25 @@ def _run_local(model: str, settings: ServingSettings, stop: threading.Event, beg
 
 def _run_on_ray(model: str, settings: ServingSettings, stop: threading.Event, began: float) -> None:
     """Each room in its own processes."""
-    from services.cluster import application, local_cluster
+    from services.cluster import application, check_application, local_cluster
 
     _say("starting Ray")
     with local_cluster():
         _say("starting the replicas")
         with application(model):
-            _wait_serving(settings, stop, began)
+            _wait_serving(settings, stop, began, check_application)
             stop.wait()
             _say("stopping")
 
 
-def _wait_serving(settings: ServingSettings, stop: threading.Event, began: float) -> None:
-    """Say so when the gateway does."""
+def _wait_serving(
+    settings: ServingSettings, stop: threading.Event, began: float, check: Callable[[], None] = lambda: None
+) -> None:
+    """Say so when the gateway does; `check` raises when it never will."""
     with Client(settings.gateway_address) as client:
         while not client.ready():
-            if stop.wait(0.1):
+            check()
+            if stop.wait(0.25):
                 return
         [model] = client.list_models()
     seconds = time.monotonic() - began

@@ -1,12 +1,15 @@
 """A Ray cluster on this machine for as long as `sdxs serve` runs, and the application on it."""
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
+from sdxs.errors import Unavailable
 from services.fabric.environment import REPLICA_ENVIRONMENT
 
 _OBJECT_STORE_BYTES = 80 << 20  # images go by gRPC; Ray itself needs little
@@ -31,6 +34,7 @@ def local_cluster() -> Iterator[None]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="sdxs-ray-")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(
             address="local",
@@ -38,10 +42,12 @@ def local_cluster() -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             _temp_dir=folder,
             _node_ip_address="127.0.0.1",
         )
+        for number, handler in handlers.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
         yield
     finally:
         ray.shutdown()
@@ -50,14 +56,26 @@ def local_cluster() -> Iterator[None]:
 
 @contextlib.contextmanager
 def application(model: str) -> Iterator[None]:
-    """The Serve application on the cluster, all replicas up; leaving the block drains and stops them."""
+    """The Serve application on the cluster, starting; leaving the block drains and stops its replicas."""
     from ray import serve
 
     from services.app import APP_NAME, AppArgs, build
 
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     try:
-        serve.run(build(AppArgs(model=model)), name=APP_NAME, route_prefix=None)
+        target = serve.RunTarget(build(AppArgs(model=model)), name=APP_NAME, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
         yield
     finally:
         serve.shutdown()
+
+
+def check_application() -> None:
+    """Raises Unavailable with Serve's reason when the application cannot start."""
+    from ray import serve
+
+    from services.app import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    if application is not None and application.status == "DEPLOY_FAILED":
+        raise Unavailable(f"Ray Serve could not start the application: {application.message}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxs import tensors
+from sdxs import images, tensors
 from sdxs.errors import InvalidRequest
 from sdxs.v1 import decoder_pb2, unet_pb2
 from services.fabric.batcher import GreedyBatcher
@@ -66,3 +66,11 @@ def load(folder: Path, model_digest: str, settings: ServingSettings) -> DecoderS
     from sdxs.stages import Decoder
 
     return DecoderService(Decoder.from_bundle(folder, settings), model_digest, settings)
+
+
+def _encode(image_HWC: tensors.Array, image_format: int, receipt: str) -> decoder_pb2.Image:
+    """One file."""
+    height, width, _ = image_HWC.shape
+    chosen = image_format or decoder_pb2.IMAGE_FORMAT_JPEG
+    data = images.encode(image_HWC, chosen, receipt)
+    return decoder_pb2.Image(data=data, format=decoder_pb2.ImageFormat.Name(chosen), width=width, height=height)

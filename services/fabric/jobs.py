@@ -57,8 +57,8 @@ class JobQueue:
             if "BUSYGROUP" not in str(error):
                 raise
 
-    async def submit(self, job_id: str, asked: bytes, request: bytes) -> int:
-        """Queue a job once; the same id and the same `asked` again only tell its state.
+    async def submit(self, job_id: str, asked: bytes, request: bytes) -> str:
+        """Queue a job once; the same id and the same `asked` again only tell its state, a name of JobState.
 
         `asked` is what the client sent, `request` the same with what the server chose (the seed), so that every delivery
         does the same. Raises AlreadyExists when the id stands for something else, Overloaded when the queue is full.
@@ -70,7 +70,7 @@ class JobQueue:
             raise Overloaded(f"{self._settings.max_queued_jobs} jobs wait already")
         if answer == b"other":
             raise AlreadyExists(f"request_id {job_id!r} stands for another request")
-        return gateway_pb2.JobState.Value(answer.decode())
+        return str(answer.decode())
 
     async def get(self, job_id: str) -> gateway_pb2.GetJobResponse:
         """The job's state, without URLs. Raises NotFound for an id nobody submitted, or long ago."""

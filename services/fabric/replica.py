@@ -6,7 +6,6 @@ Each replica's `__init__` is the composition root of its process.
 
 import asyncio
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -68,12 +67,15 @@ class StageReplica(Replica):
     """A replica that computes one stage of a bundle. A subclass says which."""
 
     descriptor: ClassVar[ServiceDescriptor]
-    load: ClassVar[Callable[[Path, str, ServingSettings], StageService]]
+
+    def load(self, folder: Path, model_digest: str, settings: ServingSettings) -> StageService:
+        """The room's service over the bundle in `folder`."""
+        raise NotImplementedError
 
     async def __init__(self, model: str) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
         folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
-        service = await asyncio.to_thread(type(self).load, folder, manifest.digest, settings)
+        service = await asyncio.to_thread(self.load, folder, manifest.digest, settings)
         await service.warm()
         endpoint = Endpoint(self.descriptor, service, settings.max_in_flight)
         plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest)

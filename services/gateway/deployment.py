@@ -25,14 +25,14 @@ class GatewayReplica(Replica):
     async def __init__(self, model: str, *stages: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
         _, manifest = await asyncio.to_thread(registry.open_model, model, settings)
-        self._peers = [
+        text, unet, decoder = self._peers = [
             PeerSet(f"sdxs.v1.{name}", broadcast(handle), manifest.digest, settings.refresh_s, settings.patience_s)
             for name, handle in zip(_STAGES, stages, strict=True)
         ]
         for peers in self._peers:
             peers.open()
         served = served_model(manifest)
-        chain = Chain(*self._peers, PromptCache(settings.prompt_cache_bytes))
+        chain = Chain(text, unet, decoder, PromptCache(settings.prompt_cache_bytes))
         service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
         endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
         plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest)

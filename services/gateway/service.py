@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
 from redis.exceptions import RedisError
-from sdxs.bundle import Manifest
-from sdxs.images import receipt_text
 
+from sdxs import images
+from sdxs.bundle import Manifest
 from sdxs.errors import InvalidRequest, PreconditionFailed, Unavailable
 from sdxs.store import ObjectStore, open_store
 from sdxs.v1 import decoder_pb2, gateway_pb2
@@ -95,7 +95,7 @@ class GatewayService:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
         order = checks.order(request, self._models)
-        receipts = [receipt_text(order.prompt, seed, order.model.digest) for seed in order.seeds]
+        receipts = [images.receipt(order.prompt, seed, order.model.digest) for seed in order.seeds]
         deadline = deadline.within(self._default_deadline_s)
         made = await self._chains[order.model.name].run(order, receipts, deadline)
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))

@@ -14,9 +14,9 @@ import uuid
 from collections.abc import Awaitable, Callable
 
 from redis.exceptions import RedisError
-from sdxs.images import extension, media_type
 
 from sdxs.errors import InvalidRequest, NotFound
+from sdxs.images import extension, media_type
 from sdxs.store import ObjectStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
@@ -58,7 +58,7 @@ class Worker:
                 if not opened:
                     await self._queue.open()
                     opened = True
-                delivery = await self._queue.take(self._consumer, wait_s=1.0)
+                delivery = await self._queue.take(self._consumer, wait_s=min(1.0, self._visibility_s / 4))
                 if delivery is not None:
                     await self._do(delivery)
             except RedisError as error:

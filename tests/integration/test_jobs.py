@@ -1,0 +1,244 @@
+"""The job queue and the worker on a real Redis-compatible server."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, Unavailable
+from sdxs.store import FileStore
+from sdxs.v1 import decoder_pb2, gateway_pb2
+from services.fabric.deadline import Deadline
+from services.fabric.jobs import GROUP, JobQueue
+from services.settings import ServingSettings
+from services.worker.service import Generate, Worker
+
+VISIBILITY_S = 0.5
+REQUEST = gateway_pb2.GenerateRequest(prompt="red apple", seed=1).SerializeToString()
+PNG = b"\x89PNG not really"
+
+
+def settings(**changes: object) -> ServingSettings:
+    return ServingSettings.model_validate({"job_visibility_s": VISIBILITY_S, "job_max_deliveries": 3, **changes})
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator["Redis"]:
+    client = Redis.from_url(redis_url, protocol=2)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def queue(redis: "Redis") -> JobQueue:
+    queue = JobQueue(redis, settings())
+    await queue.open()
+    return queue
+
+
+async def generated(payload: bytes, _: Deadline) -> bytes:
+    """An image that says what it was asked for."""
+    request = gateway_pb2.GenerateRequest.FromString(payload)
+    image = decoder_pb2.Image(data=PNG + request.prompt.encode(), format=decoder_pb2.IMAGE_FORMAT_PNG, width=1, height=1)
+    return gateway_pb2.GenerateResponse(images=[image], receipt=gateway_pb2.Receipt(seeds=[request.seed])).SerializeToString()
+
+
+class Working:
+    """A worker that runs for the length of a block."""
+
+    def __init__(self, queue: JobQueue, folder: Path, generate: Generate = generated) -> None:
+        self.worker = Worker(queue, lambda: FileStore(folder), generate, settings())
+
+    async def __aenter__(self) -> None:
+        self.running = asyncio.create_task(self.worker.run())
+
+    async def __aexit__(self, *_: object) -> None:
+        self.worker.stop()
+        await self.running
+
+
+async def ended(queue: JobQueue, job_id: str, seconds: float = 15) -> gateway_pb2.GetJobResponse:
+    async with asyncio.timeout(seconds):
+        while True:
+            job = await queue.get(job_id)
+            if job.state in (gateway_pb2.JOB_STATE_SUCCEEDED, gateway_pb2.JOB_STATE_FAILED):
+                return job
+            await asyncio.sleep(0.02)
+
+
+async def test_a_job_becomes_an_object(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    assert await queue.submit("one", b"asked", REQUEST) == "JOB_STATE_QUEUED"
+    assert (await queue.get("one")).state == gateway_pb2.JOB_STATE_QUEUED
+    async with Working(queue, tmp_path):
+        job = await ended(queue, "one")
+    assert job.state == gateway_pb2.JOB_STATE_SUCCEEDED
+    assert [image.key for image in job.images] == ["jobs/one/0.png"]
+    assert FileStore(tmp_path).get_bytes("jobs/one/0.png") == PNG + b"red apple"
+    assert (job.deliveries, job.receipt.seeds, job.images[0].size) == (1, [1], len(PNG) + 9)
+    assert job.created.ToNanoseconds() < job.finished.ToNanoseconds()
+    assert await redis.xlen("sdxs:jobs") == 0
+    assert 0 < await redis.ttl("sdxs:job:one") <= 24 * 3600
+
+
+async def test_the_same_id_is_the_same_job(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    states = await asyncio.gather(*(queue.submit("same", b"asked", REQUEST) for _ in range(20)))
+    assert set(states) == {"JOB_STATE_QUEUED"}
+    assert await redis.xlen("sdxs:jobs") == 1
+    with pytest.raises(AlreadyExists):
+        await queue.submit("same", b"something else", REQUEST)
+    async with Working(queue, tmp_path):
+        await ended(queue, "same")
+    assert await queue.submit("same", b"asked", REQUEST) == "JOB_STATE_SUCCEEDED"
+    assert await redis.xlen("sdxs:jobs") == 0
+
+
+async def test_an_unknown_job_is_not_found(queue: JobQueue) -> None:
+    with pytest.raises(NotFound):
+        await queue.get("nobody")
+
+
+async def test_a_full_queue_refuses(redis: "Redis") -> None:
+    queue = JobQueue(redis, settings(max_queued_jobs=2))
+    await queue.open()
+    for name in ("a", "b"):
+        await queue.submit(name, b"", REQUEST)
+    with pytest.raises(Overloaded):
+        await queue.submit("c", b"", REQUEST)
+
+
+DYING_WORKER = """
+import asyncio, sys
+from services.fabric.jobs import open_queue
+from services.settings import ServingSettings
+from services.worker.service import Worker
+
+async def never(payload, deadline):
+    print("begun", flush=True)
+    await asyncio.sleep(1000)
+
+settings = ServingSettings()
+asyncio.run(Worker(open_queue(settings), lambda: None, never, settings).run())
+"""
+
+
+async def test_a_killed_workers_job_is_done_by_another(queue: JobQueue, redis_url: str, tmp_path: Path) -> None:
+    await queue.submit("orphan", b"", REQUEST)
+    environment = {"SDXS_REDIS_URL": redis_url, "SDXS_JOB_VISIBILITY_S": str(VISIBILITY_S), "PATH": ""}
+    with subprocess.Popen([sys.executable, "-c", DYING_WORKER], env=environment, stdout=subprocess.PIPE) as dying:
+        assert dying.stdout is not None
+        try:
+            assert await asyncio.to_thread(dying.stdout.readline) == b"begun\n"
+            async with Working(queue, tmp_path):
+                await asyncio.sleep(3 * VISIBILITY_S)  # its heartbeat keeps the job with it
+                job = await queue.get("orphan")
+                assert (job.state, job.deliveries) == (gateway_pb2.JOB_STATE_RUNNING, 1)
+                dying.send_signal(signal.SIGKILL)
+                job = await ended(queue, "orphan")
+        finally:
+            dying.kill()
+    assert job.state == gateway_pb2.JOB_STATE_SUCCEEDED
+    assert job.deliveries == 2
+
+
+async def test_a_passing_failure_is_tried_again(queue: JobQueue, tmp_path: Path) -> None:
+    tries: list[bytes] = []
+
+    async def flaky(payload: bytes, deadline: Deadline) -> bytes:
+        tries.append(payload)
+        if len(tries) == 1:
+            raise Unavailable("not now")
+        return await generated(payload, deadline)
+
+    await queue.submit("flaky", b"", REQUEST)
+    async with Working(queue, tmp_path, flaky):
+        job = await ended(queue, "flaky")
+    assert job.state == gateway_pb2.JOB_STATE_SUCCEEDED
+    assert tries == [REQUEST, REQUEST]
+
+
+async def test_a_job_that_always_fails_dies(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    tries: list[bytes] = []
+
+    async def broken(payload: bytes, _: Deadline) -> bytes:
+        tries.append(payload)
+        raise RuntimeError("poison")
+
+    await queue.submit("poison", b"", REQUEST)
+    async with Working(queue, tmp_path, broken):
+        job = await ended(queue, "poison")
+    assert len(tries) == 3
+    assert (job.state, job.error.code, job.deliveries) == (gateway_pb2.JOB_STATE_FAILED, "ABORTED", 3)
+    assert "poison" in job.error.message
+    [(_, dead)] = await redis.xrange("sdxs:dead")
+    assert dead[b"job"] == b"poison"
+    assert await redis.xlen("sdxs:jobs") == 0
+
+
+async def test_a_job_that_kills_its_workers_dies(queue: JobQueue, redis: "Redis") -> None:
+    """Workers that vanish without a word: each delivery counts, the one after the last buries."""
+    await queue.submit("killer", b"", REQUEST)
+    for number in range(1, 4):
+        delivery = await queue.take(f"worker {number}", wait_s=0.1)
+        assert delivery is not None
+        assert delivery.number == number
+        await asyncio.sleep(VISIBILITY_S + 0.1)
+    assert await queue.take("worker 4", wait_s=0.1) is None
+    job = await queue.get("killer")
+    assert (job.state, job.deliveries) == (gateway_pb2.JOB_STATE_FAILED, 3)
+    assert await redis.xlen("sdxs:dead") == 1
+
+
+async def test_what_can_never_succeed_is_not_tried_again(queue: JobQueue, tmp_path: Path) -> None:
+    async def strict(_: bytes, __: Deadline) -> bytes:
+        raise InvalidRequest("prompt", "red apple", "something else")
+
+    await queue.submit("bad", b"", REQUEST)
+    async with Working(queue, tmp_path, strict):
+        job = await ended(queue, "bad")
+    assert (job.error.code, job.error.field, job.deliveries) == ("INVALID_ARGUMENT", "prompt", 1)
+
+
+async def test_a_worker_that_lost_its_job_knows(queue: JobQueue) -> None:
+    await queue.submit("contested", b"", REQUEST)
+    first = await queue.take("first", wait_s=0.1)
+    assert first is not None
+    assert await queue.keep(first, "first")
+    await asyncio.sleep(VISIBILITY_S + 0.1)
+    second = await queue.take("second", wait_s=0.1)
+    assert second is not None
+    assert second.job_id == "contested"
+    assert not await queue.keep(first, "first")
+    assert await queue.keep(second, "second")
+
+
+async def test_many_workers_do_each_job_once(queue: JobQueue, tmp_path: Path) -> None:
+    done: list[bytes] = []
+
+    async def counted(payload: bytes, deadline: Deadline) -> bytes:
+        done.append(payload)
+        return await generated(payload, deadline)
+
+    names = [uuid.uuid4().hex for _ in range(30)]
+    for name in names:
+        request = gateway_pb2.GenerateRequest(prompt=name, seed=1).SerializeToString()
+        await queue.submit(name, b"", request)
+    async with Working(queue, tmp_path, counted), Working(queue, tmp_path, counted), Working(queue, tmp_path, counted):
+        for name in names:
+            await ended(queue, name)
+    assert len(done) == len(set(done)) == 30
+
+
+async def test_a_redis_that_forgot_everything_is_no_end(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    async with Working(queue, tmp_path):
+        await asyncio.sleep(0.2)
+        await redis.flushall()
+        await queue.submit("after", b"", REQUEST)
+        assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
+    assert [group["name"] for group in await redis.xinfo_groups("sdxs:jobs")] == [GROUP.encode()]
