@@ -69,6 +69,6 @@ def receipt_text(data: bytes) -> str:
     return str(text)
 
 
-def receipt(prompt: str, seed: int, model_digest: str) -> str:
+def receipt(prompt: str, seed: int, model: str, digest: str) -> str:
     """What an image follows from, as the JSON text its file carries; the same in process and served."""
-    return json.dumps({"prompt": prompt, "seed": seed, "model": model_digest}, ensure_ascii=False)
+    return json.dumps({"prompt": prompt, "seed": seed, "model": model, "digest": digest})

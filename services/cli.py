@@ -18,35 +18,27 @@ from sdxs.client import Client
 from sdxs.errors import AlreadyExists
 from services.settings import ServingSettings
 
-app = typer.Typer()
-
-_HELP = """Serve a model over gRPC until Ctrl-C or SIGTERM.
-
-The gateway, text encoder, U-Net, decoder and job worker run as Ray Serve deployments on this machine; `--local` puts them
-into one process. Redis and S3 servers are started too, unless SDXS_REDIS_URL and SDXS_S3_ENDPOINT name some.
-
-Examples:
-
-    sdxs serve                                # the emoji model on 127.0.0.1:8500
-
-    sdxs serve --local --port 9000            # the same in one process, on another port
-
-    sdxs serve --model emoji@prod             # what the name points to in the store
-
-    sdxs serve --print-config > serve.yaml    # for `serve deploy` and RayService
-
-    sdxs generate "red apple" -o apple.png --server 127.0.0.1:8500
-"""
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.callback(invoke_without_command=True, help=_HELP)
+@app.command()
 def serve(
     model: Annotated[str, typer.Option(help="Name, name@pointer, sha256:digest, folder or s3:// bundle.")] = "emoji",
     port: Annotated[int | None, typer.Option(help="Port of the gateway, in place of SDXS_GATEWAY_ADDRESS's.")] = None,
     local: Annotated[bool, typer.Option("--local", help="One process, no Ray.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve config file and end.")] = False,
 ) -> None:
-    """See _HELP."""
+    """Serve a model over gRPC until Ctrl-C or SIGTERM.
+
+    The gateway, text encoder, U-Net, decoder and job worker run as Ray Serve deployments on this machine; --local puts them
+    into one process. Redis and S3 servers are started too, unless SDXS_REDIS_URL and SDXS_STORE_URL name some.
+
+    \b
+    sdxs serve                                # the emoji model on 127.0.0.1:8500
+    sdxs serve --local --port 9000            # the same in one process, on another port
+    sdxs serve --model emoji@prod             # what the name points to in the store
+    sdxs serve --print-config > serve.yaml    # for `serve deploy` and RayService
+    """
     if print_config:
         typer.echo(_config(model), nl=False)
         return

@@ -58,10 +58,8 @@ def _in_process(prompt: str, model: str, seed: int, n: int, kind: str, _server: 
 
     pipeline = OneStepPipeline.from_bundle(model, Settings())
     made = pipeline(prompt, seed, n)
-    receipts = [
-        json.dumps({"prompt": prompt, "seed": s, "model": pipeline.manifest.name, "digest": pipeline.manifest.digest})
-        for s in image_seeds(seed, n)
-    ]
+    name, digest = pipeline.manifest.name, pipeline.manifest.digest
+    receipts = [images.receipt(prompt, one, name, digest) for one in image_seeds(seed, n)]
     return [
         images.encode(np.asarray(image), images.NAMES[kind], receipt) for image, receipt in zip(made, receipts, strict=True)
     ]

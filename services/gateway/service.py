@@ -95,7 +95,7 @@ class GatewayService:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
         order = checks.order(request, self._models)
-        receipts = [images.receipt(order.prompt, seed, order.model.digest) for seed in order.seeds]
+        receipts = [images.receipt(order.prompt, seed, order.model.name, order.model.digest) for seed in order.seeds]
         deadline = deadline.within(self._default_deadline_s)
         made = await self._chains[order.model.name].run(order, receipts, deadline)
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
