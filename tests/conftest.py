@@ -1,0 +1,37 @@
+"""Fixtures for all tests: a tiny random bundle and real embedded servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed bundle named `tiny` with random weights: 32x32 images from 8x4x4 latents, DDIM, v-prediction."""
+    from sdxs.bundle import seal
+    from tests.models import tiny_folder
+
+    folder = tiny_folder(tmp_path_factory.mktemp("bundles") / "tiny")
+    seal(folder, "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def redis_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real Redis-compatible server; the SDXS_* variables that lead to it."""
+    from sdxs.embedded import redis_server
+
+    with redis_server(tmp_path_factory.mktemp("redis")) as variables:
+        yield variables
+
+
+@pytest.fixture(scope="session")
+def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server; the SDXS_* variables that lead to it."""
+    from sdxs.embedded import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as variables:
+        yield variables

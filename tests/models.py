@@ -1,0 +1,62 @@
+"""Small random models in the real formats, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+LENGTH = 16
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Letters only, each its own token: enough to be a real CLIPTokenizer."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789-"]
+    vocabulary = [START, END, *letters, *(letter + "</w>" for letter in letters)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH, pad_token=END, unk_token=END).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """A student-shaped U-Net: no mid block, cross-attention at the lower resolution only."""
+    return UNet2DConditionModel(
+        sample_size=4, in_channels=8, out_channels=8, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type=None, cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8, use_linear_projection=True,
+    )  # fmt: skip
+
+
+def tiny_folder(folder: Path, scheduler: Any = None, seed: int = 0) -> Path:
+    """A text-to-image folder of 32x32 images in diffusers format, loadable by StableDiffusionPipeline."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(folder / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    tiny_unet().save_pretrained(folder / "unet")
+    channels = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    AutoencoderTiny(latent_channels=8, **channels, **blocks).save_pretrained(folder / "vae")
+    scheduler = scheduler or DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline", "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderTiny"], "scheduler": ["diffusers", type(scheduler).__name__],
+        "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False,
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
