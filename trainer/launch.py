@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class StageJob:
     digest: str
     recipe: dict[str, Any]
     teacher_folder: str
-    settings: dict[str, Any]
+    settings: dict[str, str]  # SDXS_* variables
     cache: str
     inputs: dict[str, str]  # upstream stage -> digest
     client: PoolClient
@@ -82,7 +83,7 @@ def storage(settings: Settings) -> dict[str, Any]:
         endpoint_override=settings.s3_endpoint,
         scheme="https" if settings.s3_secure else "http",
         access_key=settings.s3_access_key,
-        secret_key=settings.s3_secret_key.get_secret_value() if settings.s3_secret_key else None,
+        secret_key=settings.s3_secret_key.get_secret_value(),
         region=settings.s3_region,
     )
     return {"storage_path": f"{url.netloc}{url.path.rstrip('/')}/checkpoints", "storage_filesystem": filesystem}
@@ -144,7 +145,8 @@ def worker_loop(config: dict[str, Any]) -> None:
     job: StageJob = config["job"]
     torch.set_num_threads(job.cluster.threads)
     context = ray.train.get_context()
-    artifacts = Artifacts(open_store(Settings(**job.settings)), Path(job.cache))
+    os.environ.update(job.settings)
+    artifacts = Artifacts(open_store(Settings()), Path(job.cache))
     stage = build_stage(job, artifacts, context.get_world_rank())
     with tempfile.TemporaryDirectory() as scratch:
         curve = Path(scratch) / "log.jsonl"

@@ -1,0 +1,230 @@
+"""A distillation from recipe to bundle: pairs, then the four stages in order, then assembly. A stage whose inputs have not changed
+is not run again: its result is found in the store by the digest of what goes into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from safetensors.torch import load_file, save_file
+
+from sdxs import bundle
+from sdxs.errors import NotFound
+from sdxs.settings import Settings
+from sdxs.store import open_store
+from trainer.artifacts import Artifacts
+from trainer.launch import Board, Cluster, StageJob, run_stage
+from trainer.pairs import draw_pairs
+from trainer.pool import TeacherPool
+from trainer.recipe import DistillRecipe, digest
+from trainer.worlds.base import get_world
+
+ASSETS = Path(__file__).parent / "assets"
+UPSTREAM = {"decoder": (), "unet": (), "warmup": ("unet",), "diff_instruct": ("warmup",)}
+REVISION = 1  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
+
+# What a watcher is told: stage, steps done, steps in all, latest metrics.
+Watch = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass
+class Result:
+    """Digests of all stages, the seconds each took in this run (0 for reused ones), and the sealed bundle's folder."""
+
+    digests: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
+    bundle: Path | None = None
+
+
+def teacher_folder(teacher: str) -> Path:
+    """Folder of a teacher: `<world>-teacher` for the embedded ones, else a path to any diffusers text-to-image folder.
+
+    Raises:
+        NotFound: there is no such folder.
+    """
+    folder = ASSETS / teacher.removesuffix("-teacher") / "teacher" if teacher.endswith("-teacher") else Path(teacher)
+    if not (folder / "unet" / "config.json").is_file():
+        raise NotFound(f"teacher {teacher!r}: {folder} is not a diffusers text-to-image folder")
+    return folder.resolve()
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of all file contents below a folder."""
+    parts = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            parts.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(parts)
+
+
+class Distillation:
+    """One recipe on one cluster. `run` returns when the bundle is sealed."""
+
+    def __init__(self, recipe: DistillRecipe, settings: Settings, cluster: Cluster, watch: Watch, pool_size: int = 1) -> None:
+        self.recipe, self.settings, self.cluster, self.watch, self.pool_size = recipe, settings, cluster, watch, pool_size
+        self.folder = teacher_folder(recipe.teacher)
+        self.artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
+        self.result = Result()
+        self._pool: TeacherPool | None = None
+        self._board: Any = None
+
+    def run(self, output: Path) -> Result:
+        """All stages that are not done yet, then the bundle in `output`."""
+        stages = ["decoder", "unet", "warmup", *(["diff_instruct"] if self.recipe.diff_instruct else [])]
+        self._plan(stages)
+        try:
+            self._pairs()
+            for stage in stages:
+                self._stage(stage)
+        finally:
+            if self._pool is not None:
+                self._pool.close()
+        self._assemble(stages, output)
+        return self.result
+
+    def _plan(self, stages: list[str]) -> None:
+        """Digest of every stage: its section of the recipe and whatever it reads."""
+        teacher = folder_digest(self.folder)
+        captions = get_world(self.recipe.world).captions("train")
+        common = {"revision": REVISION, "teacher": teacher, "captions": digest(captions), "seed": self.recipe.seed}
+        self.result.digests["pairs"] = digest([common, self.recipe.pairs.model_dump(mode="json")])
+        for stage in stages:
+            section = getattr(self.recipe, stage).model_dump(mode="json")
+            upstream = [self.result.digests[name] for name in ("pairs", *UPSTREAM[stage])]
+            self.result.digests[stage] = digest([common, section, upstream, self.cluster.workers])
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[bool]:
+        """Yields whether the stage has to run; notes its time, or that it was reused."""
+        if self.artifacts.facts(stage, self.result.digests[stage]) is not None:
+            self.result.reused.append(stage)
+            self.result.seconds[stage] = 0.0
+            self.watch(stage, 1, 1, {"reused": 1.0})
+            yield False
+            return
+        start = time.perf_counter()
+        yield True
+        self.result.seconds[stage] = round(time.perf_counter() - start, 1)
+
+    @property
+    def pool(self) -> TeacherPool:
+        """The teacher pool, started when the first stage has to run."""
+        if self._pool is None:
+            self._pool = TeacherPool(self.folder, self.pool_size, cpus=self.cluster.cpus_per_worker, threads=self.cluster.threads)
+            self._board = Board.remote()  # type: ignore[attr-defined]
+        return self._pool
+
+    def _pairs(self) -> None:
+        section = self.recipe.pairs
+        with self._timed("pairs") as needed:
+            if not needed:
+                return
+            config = json.loads((self.folder / "unet" / "config.json").read_text())
+            pairs = draw_pairs(
+                self.pool.client(),
+                get_world(self.recipe.world).captions("train"),
+                section.count,
+                (config["in_channels"], config["sample_size"], config["sample_size"]),
+                seed=self.recipe.seed + 1,
+                steps=section.steps,
+                guidance=section.guidance,
+                solver=section.solver,
+                in_flight=2 * self.pool_size + 1,
+                progress=lambda done: self.watch("pairs", done, section.count, {}),
+            )
+            with tempfile.TemporaryDirectory() as scratch:
+                pairs.save(Path(scratch) / "pairs.safetensors")
+                self.artifacts.save("pairs", self.result.digests["pairs"], Path(scratch), {"count": section.count})
+
+    def _stage(self, stage: str) -> None:
+        digests = self.result.digests
+        with self._timed(stage) as needed:
+            if needed:
+                job = StageJob(
+                    stage=stage,
+                    digest=digests[stage],
+                    recipe=self.recipe.model_dump(mode="json"),
+                    teacher_folder=str(self.folder),
+                    settings=self.settings.environment(),
+                    cache=str(self.artifacts.cache),
+                    inputs={name: digests[name] for name in ("pairs", *UPSTREAM[stage])},
+                    client=self.pool.client(),
+                    board=self._board,
+                    cluster=self.cluster,
+                )
+                run_stage(job, self.settings, self.watch)
+
+    def _assemble(self, stages: list[str], output: Path) -> None:
+        """The bundle: the last student, the tiny decoder, and the teacher's text encoder, tokenizer and scheduler; fp16 on disk."""
+        digests = self.result.digests
+        fetched = {stage: self.artifacts.fetch(stage, digests[stage]) for stage in stages}
+        if output.exists():
+            shutil.rmtree(output)
+        sources = {"unet": fetched[stages[-1]] / "unet", "vae": fetched["decoder"] / "vae"}
+        sources |= {name: self.folder / name for name in ("text_encoder", "tokenizer", "scheduler")}
+        for name, source in sources.items():
+            shutil.copytree(source, output / name)
+        for weights in output.rglob("*.safetensors"):
+            halve(weights)
+        logs = [f"# {stage}\n" + (fetched[stage] / "log.jsonl").read_text() for stage in stages]
+        (output / "training.txt").write_text("\n".join(logs))
+        (output / "recipe.json").write_text(self.recipe.model_dump_json(indent=1))
+        write_model_index(output)
+        bundle.seal(
+            output,
+            self.recipe.name,
+            recipe_hash=digest(self.recipe),
+            lineage={"teacher": self.recipe.teacher, **{stage: digests[stage] for stage in stages}},
+        )
+        self.result.bundle = output
+
+
+def halve(path: Path) -> None:
+    """Rewrite a safetensors file in float16."""
+    tensors = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+def write_model_index(folder: Path) -> None:
+    """`model_index.json`, with which diffusers' StableDiffusionPipeline loads the folder."""
+    classes = {
+        name: json.loads((folder / name / config).read_text()).get("_class_name")
+        for name, config in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
+    }
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        **{name: ["diffusers", kind] for name, kind in classes.items()},
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+
+@contextmanager
+def ray_session(cpus: int | None = None) -> Iterator[None]:
+    """A Ray cluster for this process: the one RAY_ADDRESS names, else a local one that ends with it."""
+    import os
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "token")
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
