@@ -221,7 +221,7 @@ def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
         try:
             setattr(message, name, value)
         except (TypeError, ValueError):
-            raise InvalidRequest(name, value, f"a {message.DESCRIPTOR.fields_by_name[name].type}") from None
+            raise InvalidRequest(name, value, "a value of the type and range of gateway.proto") from None
     return message
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdxs import bundle
 from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 Array = np.ndarray
 
@@ -32,6 +33,8 @@ class TextEncoder:
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> TextEncoder:
+        from transformers import CLIPTextModel, CLIPTokenizer  # here: the other stages' processes start without it
+
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         return cls(tokenizer, _load(CLIPTextModel, folder / "text_encoder", settings))
 
@@ -63,6 +66,8 @@ class UNet:
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> UNet:
+        import diffusers  # here: the text encoder's process starts without it
+
         network = _load(diffusers.UNet2DConditionModel, folder / "unet", settings)
         return cls(network, bundle.read(folder, verify=False))
 
@@ -85,6 +90,8 @@ class Decoder:
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> Decoder:
+        import diffusers
+
         manifest = bundle.read(folder, verify=False)
         kind = bundle.read_config(folder, "vae/config.json")["_class_name"]
         if kind not in ("AutoencoderTiny", "AutoencoderKL"):
