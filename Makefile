@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+.ONESHELL:
 
 BIN := .venv/bin
 PYTEST_ARGS ?=
@@ -27,11 +28,19 @@ setup: ## Create .venv and install everything into it; done by the other targets
 demo: setup ## Distil, evaluate, publish, serve, show; QUICK=1 for the short form
 	$(BIN)/sdxs demo $(if $(filter-out 0,$(QUICK)),--quick)
 
-test: setup lint ## Lint and every test that is not slow
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+# Both are run, whatever the first one found; pytest's summary comes last.
+define lint_and_test
+	failed=0
+	$(MAKE) --no-print-directory lint || failed=1
+	$(BIN)/pytest $(1) $(PYTEST_ARGS) || failed=1
+	exit $$failed
+endef
 
-test-all: setup lint ## Lint and every test
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: setup ## Lint and every test that is not slow
+	@$(call lint_and_test,-m "not slow")
+
+test-all: setup ## Lint and every test
+	@$(call lint_and_test)
 
 lint: setup ## Formatting, lint, types, import directions, protobuf style and compatibility
 	$(BIN)/ruff check .
