@@ -10,7 +10,8 @@
     |- DeadlineExceeded    DEADLINE_EXCEEDED    8
     |- Cancelled           CANCELLED            9
     |- CorruptArtifact     DATA_LOSS           10   a file is not what its manifest says
-    `- Internal            INTERNAL            11   a bug
+    |- Internal            INTERNAL            11   a bug
+    `- PermissionDenied    PERMISSION_DENIED   12   the credentials are refused
 """
 
 from __future__ import annotations
@@ -101,3 +102,10 @@ class Internal(SdxsError):
 
     code = "INTERNAL"
     exit_code = 11
+
+
+class PermissionDenied(SdxsError):
+    """The credentials are refused."""
+
+    code = "PERMISSION_DENIED"
+    exit_code = 12
