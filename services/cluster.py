@@ -57,6 +57,7 @@ def local_cluster() -> Iterator[None]:
 @contextlib.contextmanager
 def application(model: str) -> Iterator[None]:
     """The Serve application on the cluster, starting; leaving the block drains and stops its replicas."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from ray import serve
 
     from services.app import APP_NAME, AppArgs, build

@@ -39,6 +39,7 @@ async def serve_local(model: str, settings: ServingSettings) -> AsyncIterator[Da
     finally:
         health.cancel()
         await plane.drain(settings.drain_s)
+        await service.close()
 
 
 def _load(folder: Path, model_digest: str, settings: ServingSettings) -> tuple[LocalStage, LocalStage, LocalStage]:
@@ -59,7 +60,8 @@ async def _working(gateway: Endpoint, settings: ServingSettings) -> AsyncIterato
         yield
         return
     stage = LocalStage(gateway)
-    worker = Worker(open_queue(settings), lambda: open_store(settings), lambda *job: stage.call("Generate", *job), settings)
+    queue = open_queue(settings)
+    worker = Worker(queue, lambda: open_store(settings), lambda *job: stage.call("Generate", *job), settings)
     running = asyncio.create_task(worker.run())
     try:
         yield
@@ -67,3 +69,4 @@ async def _working(gateway: Endpoint, settings: ServingSettings) -> AsyncIterato
         worker.stop()
         await asyncio.wait([running], timeout=settings.drain_s)
         running.cancel()
+        await queue.close()

@@ -69,4 +69,5 @@ def _from_server(prompt: str, model: str, seed: int, n: int, kind: str, server: 
     from sdxs.client import Client
 
     with Client(server) as client:
-        return [image.data for image in client.generate(prompt, model=model, seed=seed, n=n, format=kind, deterministic=True)]
+        made = client.generate(prompt, model=model, seed=seed, n=n, format=kind, deterministic=True)
+        return [image.data for image in made.images]

@@ -57,6 +57,10 @@ class JobQueue:
             if "BUSYGROUP" not in str(error):
                 raise
 
+    async def close(self) -> None:
+        """Hang up."""
+        await self._redis.aclose()
+
     async def submit(self, job_id: str, asked: bytes, request: bytes) -> str:
         """Queue a job once; the same id and the same `asked` again only tell its state, a name of JobState.
 

@@ -33,7 +33,7 @@ class GatewayReplica(Replica):
             peers.open()
         served = served_model(manifest)
         chain = Chain(text, unet, decoder, PromptCache(settings.prompt_cache_bytes))
-        service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
+        self._service = service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
         endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
         plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest)
         self._health = asyncio.create_task(keep_health(service, plane))
@@ -47,5 +47,6 @@ class GatewayReplica(Replica):
         """Stop: health first, then the calls in flight, then the channels."""
         self._health.cancel()
         await super().__del__()
+        await self._service.close()
         for peers in self._peers:
             await peers.close()

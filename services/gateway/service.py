@@ -54,6 +54,10 @@ class JobDesk:
             await asyncio.to_thread(self._sign, job)
         return job
 
+    async def close(self) -> None:
+        """Hang up."""
+        await self._queue.close()
+
     def _sign(self, job: gateway_pb2.GetJobResponse) -> None:
         """Set the URLs. Raises Unavailable when the store does not answer."""
         expires = datetime.now(UTC) + self._url_ttl
@@ -90,6 +94,11 @@ class GatewayService:
         """One image of each model through all stages. Raises SdxsError when a stage does not answer."""
         for name in self._models:
             await self.generate(gateway_pb2.GenerateRequest(prompt="warm", model=name, seed=0), Deadline())
+
+    async def close(self) -> None:
+        """After the last call."""
+        if self._desk is not None:
+            await self._desk.close()
 
     async def generate(self, request: gateway_pb2.GenerateRequest, deadline: Deadline) -> gateway_pb2.GenerateResponse:
         """Text to images. Raises SdxsError."""

@@ -20,7 +20,8 @@ class WorkerReplica:
         settings = ServingSettings()
         self._gateways = PeerSet("sdxs.v1.GatewayService", broadcast(gateway), "", settings.refresh_s, settings.patience_s)
         self._gateways.open()
-        self._worker = Worker(open_queue(settings), lambda: open_store(settings), self._generate, settings)
+        self._queue = open_queue(settings)
+        self._worker = Worker(self._queue, lambda: open_store(settings), self._generate, settings)
         self._running = asyncio.create_task(self._worker.run())
         self._drain_s = settings.drain_s
 
@@ -40,3 +41,4 @@ class WorkerReplica:
             async with asyncio.timeout(self._drain_s):
                 await self._running
         await self._gateways.close()
+        await self._queue.close()

@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -176,8 +177,8 @@ async def test_a_job_that_always_fails_dies(queue: JobQueue, redis: "Redis", tmp
     assert len(tries) == 3
     assert (job.state, job.error.code, job.deliveries) == (gateway_pb2.JOB_STATE_FAILED, "ABORTED", 3)
     assert "poison" in job.error.message
-    [(_, dead)] = await redis.xrange("sdxs:dead")
-    assert dead[b"job"] == b"poison"
+    dead: Any = await redis.xrange("sdxs:dead")
+    assert [fields[b"job"] for _, fields in dead] == [b"poison"]
     assert await redis.xlen("sdxs:jobs") == 0
 
 
