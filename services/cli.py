@@ -40,7 +40,7 @@ def serve(
     sdxs serve --print-config > serve.yaml    # for `serve deploy` and RayService
     """
     if print_config:
-        typer.echo(_config(model), nl=False)
+        typer.echo(serve_config(model), nl=False)
         return
     if port is not None:
         host = ServingSettings().gateway_address.rpartition(":")[0]
@@ -134,7 +134,7 @@ def _check_free(address: str) -> None:
             raise AlreadyExists(f"{address} is taken ({error.strerror}); another --port?") from None
 
 
-def _config(model: str) -> str:
+def serve_config(model: str) -> str:
     """deploy/serve.yaml for that model."""
     import yaml
 

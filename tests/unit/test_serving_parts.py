@@ -1,0 +1,125 @@
+"""Small parts of serving: scaling, the prompt cache, health, errors across the wire."""
+
+import asyncio
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+from ray.serve.config import AutoscalingConfig
+
+from sdxs import errors, rpc
+from sdxs.errors import InvalidRequest, SdxsError, Unavailable
+from services.fabric.scaling import follow_load
+from services.gateway.chain import PromptCache
+from services.gateway.health import keep_health
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "wanted"), [([], 1), ([0.0, 0.0], 1), ([4.0], 1), ([4.1], 2), ([8.0, 8.0], 4), ([100.0, 100.0], 5)]
+)
+def test_replicas_follow_the_calls_in_flight(in_flight: list[float], wanted: int) -> None:
+    context: Any = SimpleNamespace(
+        aggregated_metrics={"in_flight": dict(enumerate(in_flight))},
+        config=AutoscalingConfig(target_ongoing_requests=4),
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=5,
+    )
+    assert follow_load(context)[0] == wanted
+
+
+def test_the_prompt_cache_keeps_what_was_used_last() -> None:
+    cache = PromptCache(max_bytes=10)
+    cache.put("a", b"1234")
+    cache.put("b", b"1234")
+    assert cache.get("a") == b"1234"
+    cache.put("c", b"1234")
+    assert [cache.get(prompt) for prompt in "abc"] == [b"1234", None, b"1234"]
+    cache.put("huge", b"x" * 11)
+    assert cache.get("huge") is None
+    assert cache.get("a") == b"1234"
+
+
+@dataclass
+class Service:
+    """Stages that come and go."""
+
+    ready: bool = False
+    warmed: int = 0
+    failures: int = 0
+
+    async def warm(self) -> None:
+        self.warmed += 1
+        if self.warmed <= self.failures:
+            raise Unavailable("not yet")
+
+
+@dataclass
+class Plane:
+    said: list[bool] = field(default_factory=list)
+
+    async def set_serving(self, serving: bool) -> None:
+        self.said.append(serving)
+
+
+async def test_serving_means_an_image_went_through() -> None:
+    service, plane = Service(failures=2), Plane()
+    health = asyncio.create_task(keep_health(service, plane))
+    await asyncio.sleep(0.25)
+    assert (plane.said, service.warmed) == ([], 0)
+    service.ready = True
+    await asyncio.sleep(0.45)
+    assert (plane.said, service.warmed) == ([True], 3)
+    service.ready = False
+    await asyncio.sleep(0.25)
+    assert plane.said == [True, False]
+    service.ready = True
+    await asyncio.sleep(0.25)
+    assert (plane.said, service.warmed) == ([True, False, True], 4)
+    health.cancel()
+
+
+def everything(kind: type[SdxsError] = SdxsError) -> list[type[SdxsError]]:
+    ours = [kind] if kind.__module__ == errors.__name__ else []
+    return ours + [below for child in kind.__subclasses__() for below in everything(child)]
+
+
+class Failed:
+    """A call that ended with what `to_status` made."""
+
+    def __init__(self, error: SdxsError) -> None:
+        self._code, self._details, self._metadata = rpc.to_status(error)
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> rpc.Metadata:
+        return self._metadata
+
+
+@pytest.mark.parametrize("kind", everything())
+def test_each_error_arrives_as_it_left(kind: type[SdxsError]) -> None:
+    sent = InvalidRequest("seed", -1, "0 or more") if issubclass(kind, InvalidRequest) else kind("in these words")
+    arrived = rpc.from_rpc_error(Failed(sent))
+    assert type(arrived) is kind
+    assert str(arrived) == str(sent)
+    if isinstance(sent, InvalidRequest):
+        assert isinstance(arrived, InvalidRequest)
+        assert (arrived.field, arrived.allowed) == ("seed", "0 or more")
+
+
+def test_no_two_errors_share_a_code() -> None:
+    codes = [kind.code for kind in everything()]
+    assert len(set(codes)) == len(codes)
+
+
+def test_long_values_do_not_fill_the_metadata() -> None:
+    _, message, metadata = rpc.to_status(InvalidRequest("prompt", "x" * 100_000, "y" * 100_000))
+    assert len(message) <= 1000
+    assert sum(len(key) + len(value) for key, value in metadata) < 4096
+    assert status_pb2.Status.FromString(metadata[0][1]).code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
