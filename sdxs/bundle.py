@@ -1,16 +1,17 @@
-"""The model bundle: a diffusers folder and `bundle.json`. A bundle exists when its manifest does; it is named by the manifest's digest.
+"""The model bundle: a diffusers folder and `bundle.json`. A bundle exists when its manifest does; its digest names it.
 
-Only safetensors, JSON, text and pictures are accepted: nothing in a bundle can run code.
+Only safetensors, JSON, text and pictures are accepted: nothing in a bundle can run code. What the networks are, diffusers'
+own configuration files say; this module knows files, digests and the few facts that a server needs first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,6 +19,7 @@ from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound
 from sdxs.onestep import OneStepConstants, probe_folder
 
 MANIFEST = "bundle.json"
+_PART = f".{MANIFEST}.part"
 SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".txt", ".md", ".png", ".toml"})
 
 
@@ -35,7 +37,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     name: str = Field(pattern="^[a-z0-9][a-z0-9._-]{0,63}$")
     image_size: int = Field(gt=0)
     latent_channels: int = Field(gt=0)
@@ -54,9 +56,8 @@ class Manifest(BaseModel):
     @classmethod
     def _safe_paths(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name or path.suffix not in SUFFIXES:
-                raise ValueError(f"{name!r} is not a relative path to one of {', '.join(sorted(SUFFIXES))}")
+            if not _accepted(name):
+                raise ValueError(f"{name!r} is not a plain relative path to one of {', '.join(sorted(SUFFIXES))}")
         return files
 
     @property
@@ -72,30 +73,51 @@ class Manifest(BaseModel):
         return self.latent_channels, self.latent_size, self.latent_size
 
     @classmethod
-    def from_diffusers(cls, folder: Path, name: str, **facts: Any) -> Manifest:
-        """The manifest of a plain diffusers folder, such as the published SDXS weights.
+    def from_diffusers(cls, folder: Path, name: str = "", **facts: Any) -> Manifest:
+        """The manifest of a plain diffusers folder, such as the published SDXS weights; `name` defaults to the folder's.
+
+        Files that a bundle cannot hold are left out: they are never loaded either.
 
         Raises:
-            CorruptArtifact: a needed configuration file is missing.
+            CorruptArtifact: a needed configuration file or a value in it is missing.
         """
         unet, vae = read_config(folder, "unet/config.json"), read_config(folder, "vae/config.json")
         text = read_config(folder, "text_encoder/config.json")
         tokenizer = read_config(folder, "tokenizer/tokenizer_config.json")
-        latent_size = unet["sample_size"]
-        levels = vae.get("decoder_block_out_channels") or vae["block_out_channels"]
-        factor = vae.get("upsampling_scaling_factor", 2) ** (len(levels) - 1)
-        return cls(
-            name=name,
-            image_size=latent_size * factor,
-            latent_channels=unet["in_channels"],
-            latent_size=latent_size,
-            text_width=text["hidden_size"],
-            max_prompt_tokens=tokenizer["model_max_length"],
-            dtype=_dtype(folder),
-            one_step=probe_folder(folder),
-            files=_hash_files(folder),
-            **facts,
-        )
+        facts.setdefault("files", {file: _hash(folder / file) for file in _files(folder) if _accepted(file)})
+        try:
+            return cls(
+                name=name or _slug(folder.resolve().name),
+                image_size=unet["sample_size"] * _upsampling(vae),
+                latent_channels=unet["in_channels"],
+                latent_size=unet["sample_size"],
+                text_width=text["hidden_size"],
+                max_prompt_tokens=tokenizer["model_max_length"],
+                dtype=_dtype(folder),
+                one_step=probe_folder(folder),
+                **facts,
+            )
+        except KeyError as error:
+            raise CorruptArtifact(f"{error.args[0]!r} is missing in the configuration files of {folder.name!r}") from error
+
+
+def _accepted(name: str) -> bool:
+    """Whether a bundle may hold a file of that path."""
+    path = PurePosixPath(name)
+    plain = str(path) == name and not path.is_absolute() and "\\" not in name
+    return plain and name != MANIFEST and path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def _slug(name: str) -> str:
+    """A folder's name as a bundle's name."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip("._-")[:64] or "unnamed"
+
+
+def _upsampling(vae: dict[str, Any]) -> int:
+    """Pixels per latent element and side: AutoencoderTiny says the factor of a level, AutoencoderKL's is 2."""
+    levels = vae.get("decoder_block_out_channels") or vae["block_out_channels"]
+    factor: int = vae.get("upsampling_scaling_factor", 2) ** (len(levels) - 1)
+    return factor
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -111,7 +133,9 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 def _dtype(folder: Path) -> str:
     """Storage type of the U-Net's weights, read from the safetensors header."""
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path = next(iter(sorted((folder / "unet").glob("*.safetensors"))), None)
+    if path is None:
+        raise CorruptArtifact("unet/diffusion_pytorch_model.safetensors is missing; other formats are not read")
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return str(next(entry["dtype"] for key, entry in header.items() if key != "__metadata__"))
@@ -122,12 +146,10 @@ def _hash(path: Path) -> FileEntry:
         return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)
 
 
-def _hash_files(folder: Path) -> dict[str, FileEntry]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    for path in paths:
-        if path.suffix not in SUFFIXES or path.is_symlink():
-            raise InvalidRequest("bundle", path.name, f"plain files ending in {', '.join(sorted(SUFFIXES))}")
-    return {path.relative_to(folder).as_posix(): _hash(path) for path in paths}
+def _files(folder: Path) -> list[str]:
+    """Relative paths of everything in the folder but its manifest, sorted."""
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path for path in paths if path not in (MANIFEST, _PART))
 
 
 def seal(folder: Path, name: str, **facts: Any) -> Manifest:
@@ -135,12 +157,19 @@ def seal(folder: Path, name: str, **facts: Any) -> Manifest:
 
     Args:
         facts: recipe_hash, metrics, lineage.
+
+    Raises:
+        InvalidRequest: the folder holds something that a bundle cannot.
+        CorruptArtifact: it is not a whole diffusers text-to-image folder.
     """
+    for file in _files(folder):
+        if not _accepted(file) or (folder / file).is_symlink():
+            raise InvalidRequest("bundle", file, f"plain files ending in {', '.join(sorted(SUFFIXES))}")
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest.from_diffusers(folder, name, created=created, **facts)
-    part = folder / f".{MANIFEST}.part"
+    part = folder / _PART
     part.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf8")
-    os.replace(part, folder / MANIFEST)
+    part.replace(folder / MANIFEST)
     return manifest
 
 
@@ -165,9 +194,21 @@ def read(folder: Path, *, verify: bool = True) -> Manifest:
         raise NotFound(f"no {MANIFEST} in {folder.name!r}: not a bundle")
     manifest = parse(path.read_bytes())
     if verify:
-        for name, entry in manifest.files.items():
-            if not (folder / name).is_file():
-                raise CorruptArtifact(f"{name} is missing from bundle {manifest.name!r}")
-            if _hash(folder / name) != entry:
-                raise CorruptArtifact(f"{name} of bundle {manifest.name!r} is not the file that was sealed")
+        check(folder, manifest)
     return manifest
+
+
+def check(folder: Path, manifest: Manifest) -> None:
+    """Hash every file. Raises CorruptArtifact that names the first one that is missing or differs."""
+    for name, entry in manifest.files.items():
+        if not (folder / name).is_file():
+            raise CorruptArtifact(f"{name} is missing from bundle {manifest.name!r}")
+        if _hash(folder / name) != entry:
+            raise CorruptArtifact(f"{name} of bundle {manifest.name!r} is not the file that was sealed")
+
+
+def facts(folder: Path) -> Manifest:
+    """The manifest, without hashing anything; of a folder that is not sealed, what its configuration files say."""
+    if (folder / MANIFEST).is_file():
+        return read(folder, verify=False)
+    return Manifest.from_diffusers(folder, files={})

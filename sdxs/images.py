@@ -15,7 +15,12 @@ JPEG, PNG, WEBP, RAW = (
     decoder_pb2.IMAGE_FORMAT_JPEG, decoder_pb2.IMAGE_FORMAT_PNG, decoder_pb2.IMAGE_FORMAT_WEBP, decoder_pb2.IMAGE_FORMAT_RAW,
 )  # fmt: skip
 NAMES = {"jpeg": JPEG, "png": PNG, "webp": WEBP, "raw": RAW}
-_TYPES = {JPEG: ("jpg", "image/jpeg"), PNG: ("png", "image/png"), WEBP: ("webp", "image/webp"), RAW: ("raw", "application/octet-stream")}
+_TYPES = {
+    JPEG: ("jpg", "image/jpeg"),
+    PNG: ("png", "image/png"),
+    WEBP: ("webp", "image/webp"),
+    RAW: ("raw", "application/octet-stream"),
+}
 _EXIF_DESCRIPTION = 0x010E
 _RECEIPT = "sdxs"
 

@@ -1,17 +1,21 @@
-"""The single sampling step as three numbers: x0 = latent_coefficient * noise + output_coefficient * unet(input_scale * noise)."""
+"""The single sampling step as numbers: x0 = latent_coefficient * noise + output_coefficient * unet(input_scale * noise, timestep).
+
+The noise is unit Gaussian, whatever the scheduler's own scale of it is (14.6 for Euler).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from sdxs.errors import CorruptArtifact, InvalidRequest
 
 
 class OneStepConstants(BaseModel):
-    """One step from unit Gaussian noise. An eps error is multiplied by `output_coefficient` (14.6 for SD): combine in float32."""
+    """One step from unit Gaussian noise. An eps error is multiplied by `output_coefficient` (14.6 for SD): use float32."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,37 +26,62 @@ class OneStepConstants(BaseModel):
 
 
 def probe(scheduler: Any) -> OneStepConstants:
-    """The constants of any deterministic diffusers scheduler with one inference step.
+    """The constants of any diffusers scheduler with one inference step.
 
     A step is linear in (sample, model output), so two unit calls of the scheduler itself give its coefficients; no formula is
-    repeated here, and every scheduler class and setting is covered.
+    repeated here, and every scheduler class and setting is covered. A third call checks the linearity.
+
+    Raises:
+        InvalidRequest: the step clips, thresholds or adds noise.
     """
-    import torch
-
-    def step(sample: float, output: float) -> float:
-        fresh = type(scheduler).from_config(scheduler.config)
-        fresh.set_timesteps(1)
-        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        fresh.scale_model_input(one * sample, fresh.timesteps[0])  # some schedulers insist on being asked first
-        return float(fresh.step(one * output, fresh.timesteps[0], one * sample).prev_sample)
-
-    fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(1)
-    start = float(fresh.init_noise_sigma)
-    scaled = fresh.scale_model_input(torch.full((1, 1, 1, 1), start, dtype=torch.float64), fresh.timesteps[0])
+    fresh = _one_step(scheduler)
+    start = float(getattr(fresh, "init_noise_sigma", 1.0))
+    scale = getattr(fresh, "scale_model_input", lambda sample, _: sample)
+    latent, output = _step(scheduler, start, 0.0), _step(scheduler, 0.0, 1.0)
+    both, expected = _step(scheduler, 2 * start, 30.0), 2 * latent + 30 * output
+    if abs(both - expected) > 1e-4 * (2 * abs(latent) + 30 * abs(output)):
+        allowed = "one whose step is linear: clip_sample, thresholding and noise off"
+        raise InvalidRequest("scheduler", type(scheduler).__name__, allowed)
     return OneStepConstants(
         timestep=int(fresh.timesteps[0]),
-        input_scale=float(scaled),
-        latent_coefficient=step(start, 0.0),
-        output_coefficient=step(0.0, 1.0),
+        input_scale=float(scale(_pixel(start), fresh.timesteps[0])),
+        latent_coefficient=latent,
+        output_coefficient=output,
     )
 
 
+def _one_step(scheduler: Any) -> Any:
+    """A new scheduler of the same configuration, set to one step: schedulers keep state between calls."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(1)
+    return fresh
+
+
+def _pixel(value: float) -> Any:
+    import torch
+
+    return torch.full((1, 1, 1, 1), value, dtype=torch.float64)
+
+
+def _step(scheduler: Any, sample: float, output: float) -> float:
+    """The scheduler's step for a sample and a model output of one element each."""
+    fresh = _one_step(scheduler)
+    if hasattr(fresh, "scale_model_input"):  # some schedulers insist on being asked first
+        fresh.scale_model_input(_pixel(sample), fresh.timesteps[0])
+    return float(fresh.step(_pixel(output), fresh.timesteps[0], _pixel(sample)).prev_sample)
+
+
 def probe_folder(folder: Path) -> OneStepConstants:
-    """The constants of the scheduler in a diffusers model folder."""
-    import json
-
+    """The constants of the scheduler in a diffusers model folder. Raises CorruptArtifact when there is none."""
     import diffusers
+    from diffusers.schedulers import SchedulerMixin
 
-    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    return probe(getattr(diffusers, name).from_pretrained(folder / "scheduler"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        name = str(json.loads(path.read_text(encoding="utf8")).get("_class_name"))
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        raise CorruptArtifact("scheduler/scheduler_config.json is missing or not a JSON object") from error
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise CorruptArtifact(f"scheduler/scheduler_config.json: {name!r} is not a scheduler of diffusers")
+    return probe(kind.from_pretrained(path.parent))

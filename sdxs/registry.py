@@ -1,6 +1,8 @@
 """Names of bundles: publish by digest, point a name at one, move back, and open any of them as a local folder.
 
-`emoji@prod` is the pointer `prod` of `emoji`; plain `emoji` means `emoji@prod`, or the packaged bundle where no store has one.
+In a store a bundle is `models/bundles/<digest>/...`, immutable, and a name is `models/names/<name>/<pointer>.json`: everything
+the pointer ever pointed at, written by compare-and-swap. `emoji@prod` is the pointer `prod` of `emoji`; plain `emoji` means
+`emoji@prod`, or the bundle that ships with the library where the store has none (`emoji@packaged` is always that one).
 """
 
 from __future__ import annotations
@@ -9,103 +11,34 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 from sdxs import bundle
 from sdxs.bundle import MANIFEST, Manifest
-from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
+from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PreconditionFailed, SdxsError
 from sdxs.settings import Settings
-from sdxs.store import ObjectStore, open_store
+from sdxs.store import ObjectStore, open_store, open_url
 
 DEFAULT_POINTER = "prod"
-_NAME = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]{0,63})(@(?P<pointer>[a-z0-9][a-z0-9._-]{0,63}))?$")
-_DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
+PACKAGED = "packaged"
+_BUNDLES, _NAMES = "models/bundles/", "models/names/"
+_NAME = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(@(?P<pointer>[a-z0-9][a-z0-9._-]{0,63}))?")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
+_TRIES = 20
 
 
 @dataclass(frozen=True)
 class Move:
-    """One entry of a pointer's history."""
+    """One bundle that a pointer was moved to; withdrawn when it was rolled back from."""
 
     digest: str
     at: str
-
-
-def _bundle_prefix(digest: str) -> str:
-    return f"models/bundles/{digest.removeprefix('sha256:')}"
-
-
-def _pointer_key(name: str, pointer: str) -> str:
-    return f"models/names/{name}/{pointer}.json"
-
-
-def split_reference(reference: str) -> tuple[str, str]:
-    """(name, pointer) of `name` or `name@pointer`. Raises InvalidRequest."""
-    match = _NAME.match(reference)
-    if not match:
-        raise InvalidRequest("model", reference, "name, name@pointer, sha256:<64 hex digits> or a folder")
-    return match["name"], match["pointer"] or DEFAULT_POINTER
-
-
-def publish(folder: Path, store: ObjectStore) -> Manifest:
-    """Upload a sealed bundle: files first, manifest last. Uploading one that is there changes nothing."""
-    manifest = bundle.read(folder)
-    prefix = _bundle_prefix(manifest.digest)
-    if not store.exists(f"{prefix}/{MANIFEST}"):
-        for name in manifest.files:
-            store.put_file(f"{prefix}/{name}", folder / name)
-        store.put_file(f"{prefix}/{MANIFEST}", folder / MANIFEST)
-    return manifest
-
-
-def history(name: str, pointer: str, store: ObjectStore) -> list[Move]:
-    """Where the pointer has been, the present last; empty if it does not exist."""
-    key = _pointer_key(name, pointer)
-    if not store.exists(key):
-        return []
-    return [Move(**entry) for entry in json.loads(store.get_bytes(key))]
-
-
-def promote(name: str, digest: str, store: ObjectStore, pointer: str = DEFAULT_POINTER) -> None:
-    """Point `name@pointer` at a published bundle, in one write.
-
-    Raises:
-        NotFound: no bundle of that digest is in the store.
-        InvalidRequest: it is a bundle of another name.
-    """
-    manifest = _published(digest, store)
-    if manifest.name != name:
-        raise InvalidRequest("digest", digest, f"a bundle named {name!r}; this one is {manifest.name!r}")
-    moves = history(name, pointer, store)
-    if not moves or moves[-1].digest != digest:
-        _write(name, pointer, [*moves, Move(digest, datetime.now(UTC).isoformat(timespec="seconds"))], store)
-
-
-def rollback(name: str, store: ObjectStore, pointer: str = DEFAULT_POINTER) -> str:
-    """Point back at the bundle before the present one; returns its digest.
-
-    Raises:
-        PreconditionFailed: there is nothing to go back to.
-    """
-    moves = history(name, pointer, store)
-    if len(moves) < 2:
-        raise PreconditionFailed(f"{name}@{pointer} has no earlier bundle to go back to")
-    _write(name, pointer, moves[:-1], store)
-    return moves[-2].digest
-
-
-def _write(name: str, pointer: str, moves: list[Move], store: ObjectStore) -> None:
-    data = json.dumps([vars(move) for move in moves]).encode()
-    store.put_bytes(_pointer_key(name, pointer), data, "application/json")
-
-
-def _published(digest: str, store: ObjectStore) -> Manifest:
-    key = f"{_bundle_prefix(digest)}/{MANIFEST}"
-    if not _DIGEST.match(digest) or not store.exists(key):
-        raise NotFound(f"bundle {digest!r} is not in the store")
-    return bundle.parse(store.get_bytes(key))
+    withdrawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,75 +52,230 @@ class Listed:
     at: str
 
 
+def split_reference(reference: str) -> tuple[str, str]:
+    """(name, pointer) of `name` or `name@pointer`. Raises InvalidRequest."""
+    match = _NAME.fullmatch(reference)
+    if not match:
+        allowed = "name, name@pointer, sha256:<12 to 64 hex digits>, s3://bucket/folder or a folder (with a / in it)"
+        raise InvalidRequest("model", reference, allowed)
+    return match["name"], match["pointer"] or DEFAULT_POINTER
+
+
+def publish(folder: Path, store: ObjectStore) -> Manifest:
+    """Upload a sealed bundle: files first, manifest last. Uploading one that is there changes nothing.
+
+    Raises:
+        NotFound: the folder is not sealed.
+        CorruptArtifact: a file has changed since.
+    """
+    manifest = bundle.read(folder)
+    prefix = _prefix(manifest.digest)
+    if not store.exists(f"{prefix}/{MANIFEST}"):
+        for name in manifest.files:
+            store.put_file(f"{prefix}/{name}", folder / name)
+        store.put_file(f"{prefix}/{MANIFEST}", folder / MANIFEST)
+    return manifest
+
+
+def history(name: str, pointer: str, store: ObjectStore) -> list[Move]:
+    """Where the pointer has been, oldest first; empty if it does not exist."""
+    return _read(name, pointer, store)[0]
+
+
+def promote(name: str, digest: str, store: ObjectStore, pointer: str = DEFAULT_POINTER) -> str:
+    """Point `name@pointer` at a published bundle, in one write; returns its whole digest.
+
+    Raises:
+        NotFound: no bundle of that digest is in the store.
+        InvalidRequest: it is a bundle of another name.
+    """
+    digest = whole_digest(digest, store)
+    manifest = _published(digest, store)
+    if manifest.name != name:
+        raise InvalidRequest("digest", digest, f"a bundle named {name!r}; this one is {manifest.name!r}")
+    if pointer == PACKAGED:
+        raise InvalidRequest("name", f"{name}@{pointer}", f"any pointer but {PACKAGED!r}")
+
+    def append(moves: list[Move]) -> list[Move]:
+        if moves and current(moves).digest == digest:
+            return moves
+        return [*moves, Move(digest, datetime.now(UTC).isoformat(timespec="seconds"))]
+
+    for _ in range(_TRIES):  # of two that promote at once, one is first and the other last; neither is lost
+        try:
+            _change(name, pointer, append, store)
+        except PreconditionFailed:
+            continue
+        return digest
+    raise PreconditionFailed(f"{name}@{pointer} keeps changing")
+
+
+def rollback(name: str, store: ObjectStore, pointer: str = DEFAULT_POINTER) -> str:
+    """Point back at the bundle before the present one; returns its digest. Again: one further back.
+
+    Raises:
+        PreconditionFailed: there is nothing to go back to, or someone else moved the pointer at this moment.
+    """
+
+    def withdraw(moves: list[Move]) -> list[Move]:
+        standing = [i for i, move in enumerate(moves) if not move.withdrawn]
+        if len(standing) < 2:
+            raise PreconditionFailed(f"{name}@{pointer} has no earlier bundle to go back to")
+        last = standing[-1]
+        return [*moves[:last], replace(moves[last], withdrawn=True), *moves[last + 1 :]]
+
+    return current(_change(name, pointer, withdraw, store)).digest
+
+
+def current(moves: list[Move]) -> Move:
+    """What a pointer with this history points at."""
+    return [move for move in moves if not move.withdrawn][-1]
+
+
+def whole_digest(digest: str, store: ObjectStore) -> str:
+    """The one published digest that begins so. Raises NotFound when there is none or more than one."""
+    if not _DIGEST.fullmatch(digest):
+        raise InvalidRequest("digest", digest, "sha256: and 12 to 64 hex digits")
+    found = {key.removeprefix(_BUNDLES).split("/")[0] for key in store.list(_prefix(digest)) if key.endswith(f"/{MANIFEST}")}
+    if len(found) != 1:
+        raise NotFound(f"bundle {digest!r} is {'ambiguous' if found else 'not'} in the store")
+    return f"sha256:{found.pop()}"
+
+
 def packaged() -> dict[str, Path]:
     """Bundles that ship with the library: name -> folder."""
     root = Path(str(resources.files("sdxs"))) / "bundles"
-    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{MANIFEST}"))}
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{MANIFEST}"))}
 
 
 def listing(store: ObjectStore) -> list[Listed]:
-    """Every pointer in the store, then the packaged bundles."""
+    """Every pointer in the store, then the bundles that ship with the library."""
     found = []
-    for key in store.list("models/names/"):
-        name, pointer = key.removeprefix("models/names/").removesuffix(".json").split("/")
-        last = history(name, pointer, store)[-1]
-        found.append(Listed(name, pointer, last.digest, "store", last.at))
+    for key in store.list(_NAMES):
+        name, pointer = key.removeprefix(_NAMES).removesuffix(".json").split("/")
+        move = current(history(name, pointer, store))
+        found.append(Listed(name, pointer, move.digest, "store", move.at))
     for name, folder in packaged().items():
         manifest = bundle.read(folder, verify=False)
-        found.append(Listed(name, "packaged", manifest.digest, "package", manifest.created))
+        found.append(Listed(name, PACKAGED, manifest.digest, "package", manifest.created))
     return found
 
 
 def open_model(reference: str, settings: Settings) -> tuple[Path, Manifest]:
-    """A verified local folder and its manifest, for a name, `name@pointer`, digest or folder; downloads once.
+    """A verified local folder and its manifest; what is elsewhere is downloaded once.
+
+    Args:
+        reference: name, `name@pointer`, `sha256:...`, `s3://bucket/folder`, or a folder (with a `/` in it): sealed, or plain
+            diffusers as published.
 
     Raises:
         NotFound, CorruptArtifact, InvalidRequest.
     """
+    url = urlparse(reference)
+    if url.scheme == "s3":
+        store = open_url(reference, settings)
+        return _download(store, "", bundle.parse(store.get_bytes(MANIFEST)).digest, settings.cache_dir)
+    if url.scheme == "file":
+        return _open_folder(Path(unquote(url.path)))
     if "/" in reference or reference.startswith("."):
-        folder = Path(reference)
-        return folder, bundle.read(folder)
-    shipped = packaged().get(reference)
-    if shipped and settings.store_url.startswith("file:") and not _has_pointer(reference, settings):
-        return shipped, bundle.read(shipped)
-    return _open_from_store(reference, shipped, settings)
-
-
-def _has_pointer(name: str, settings: Settings) -> bool:
-    return open_store(settings).exists(_pointer_key(name, DEFAULT_POINTER))
-
-
-def _open_from_store(reference: str, shipped: Path | None, settings: Settings) -> tuple[Path, Manifest]:
-    store = open_store(settings)
-    digest = reference
-    if not _DIGEST.match(reference):
-        name, pointer = split_reference(reference)
-        moves = history(name, pointer, store)
-        if not moves and shipped:
-            return shipped, bundle.read(shipped)
-        if not moves:
-            known = sorted({entry.name for entry in listing(store)})
-            raise NotFound(f"model {reference!r} is not known; known are: {', '.join(known) or 'none'}")
-        digest = moves[-1].digest
-    return download(digest, store, settings.cache_dir)
+        return _open_folder(Path(reference))
+    if _DIGEST.fullmatch(reference):
+        return download(reference, open_store(settings), settings.cache_dir)
+    return _open_name(reference, settings)
 
 
 def download(digest: str, store: ObjectStore, cache: Path) -> tuple[Path, Manifest]:
     """A published bundle as a folder in `cache`, checked file by file; appears whole or not at all."""
+    digest = whole_digest(digest, store)
+    return _download(store, f"{_prefix(digest)}/", digest, cache)
+
+
+def _prefix(digest: str) -> str:
+    return _BUNDLES + digest.removeprefix("sha256:")
+
+
+def _read(name: str, pointer: str, store: ObjectStore) -> tuple[list[Move], str | None]:
+    """A pointer's history, and the tag of what was read."""
+    key = f"{_NAMES}{name}/{pointer}.json"
+    try:
+        data, tag = store.get_tagged(key)
+    except NotFound:
+        return [], None
+    try:
+        return [Move(**entry) for entry in json.loads(data)], tag
+    except (ValueError, TypeError) as error:
+        raise CorruptArtifact(f"{key}: {error}") from error
+
+
+def _change(name: str, pointer: str, edit: Callable[[list[Move]], list[Move]], store: ObjectStore) -> list[Move]:
+    """Replace a history by an edited one. Raises PreconditionFailed when someone else was faster."""
+    before, tag = _read(name, pointer, store)
+    after = edit(before)
+    if after != before:
+        store.put_if(f"{_NAMES}{name}/{pointer}.json", json.dumps([asdict(move) for move in after]).encode(), tag)
+    return after
+
+
+def _published(digest: str, store: ObjectStore) -> Manifest:
+    return bundle.parse(store.get_bytes(f"{_prefix(digest)}/{MANIFEST}"))
+
+
+def _open_folder(folder: Path) -> tuple[Path, Manifest]:
+    if not folder.is_dir():
+        raise NotFound(f"there is no folder {str(folder)!r}")
+    if (folder / MANIFEST).is_file():
+        return folder, bundle.read(folder)
+    return folder, Manifest.from_diffusers(folder)
+
+
+def _open_name(reference: str, settings: Settings) -> tuple[Path, Manifest]:
+    name, pointer = split_reference(reference)
+    shipped = packaged().get(name)
+    if shipped and pointer == PACKAGED:
+        return _open_folder(shipped)
+    store = open_store(settings)
+    moves = history(name, pointer, store)
+    if moves:
+        return download(current(moves).digest, store, settings.cache_dir)
+    if shipped and reference == name:
+        return _open_folder(shipped)
+    known = sorted({f"{entry.name}@{entry.pointer}" for entry in listing(store)})
+    raise NotFound(f"model {reference!r} is not known; known are: {', '.join(known) or 'none'}")
+
+
+def _download(store: ObjectStore, prefix: str, digest: str, cache: Path) -> tuple[Path, Manifest]:
     target = cache / "bundles" / digest.removeprefix("sha256:")
-    if (target / MANIFEST).is_file():
-        return target, bundle.read(target)
-    manifest = _published(digest, store)
+    if manifest := _intact(target):
+        return target, manifest
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
     try:
-        for name in [*manifest.files, MANIFEST]:
-            store.get_file(f"{_bundle_prefix(digest)}/{name}", part / name)
-        bundle.read(part)
-        part.rename(target)
+        _fetch(store, prefix, digest, part / "new")
+        if target.exists():  # damaged: out of the way
+            target.rename(part / "old")
+        (part / "new").rename(target)
     except OSError:
-        if not (target / MANIFEST).is_file():  # not the case of another process being faster
+        if not _intact(target):  # else another process was faster
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target, bundle.read(target)
+    return target, bundle.read(target, verify=False)
+
+
+def _fetch(store: ObjectStore, prefix: str, digest: str, folder: Path) -> None:
+    """All files of a bundle. Raises CorruptArtifact when they are not that bundle."""
+    store.get_file(f"{prefix}{MANIFEST}", folder / MANIFEST)
+    manifest = bundle.read(folder, verify=False)
+    if manifest.digest != digest:
+        raise CorruptArtifact(f"{MANIFEST} of {digest} is the manifest of {manifest.digest}")
+    for name in manifest.files:
+        store.get_file(f"{prefix}{name}", folder / name)
+    bundle.check(folder, manifest)
+
+
+def _intact(folder: Path) -> Manifest | None:
+    """The manifest of a cached bundle, if its files are what it says."""
+    try:
+        return bundle.read(folder)
+    except SdxsError:
+        return None

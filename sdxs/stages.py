@@ -1,4 +1,7 @@
-"""The three networks of a bundle, one class each: exactly what a replica hosts, and what the in-process pipeline composes. Imports torch."""
+"""The three networks of a bundle, one class each: what a replica hosts, and what the in-process pipeline composes. Imports torch.
+
+Arrays go in and come out: B images, C latent channels, H x W elements or pixels, L tokens of D numbers.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ class UNet:
         import diffusers  # here: the text encoder's process starts without it
 
         network = _load(diffusers.UNet2DConditionModel, folder / "unet", settings)
-        return cls(network, bundle.read(folder, verify=False))
+        return cls(network, bundle.facts(folder))
 
     @torch.inference_mode()
     def denoise(self, noise_BCHW: Array, text_BLD: Array) -> Array:
@@ -79,7 +82,8 @@ class UNet:
         scaled = (noise * self.constants.input_scale).contiguous(memory_format=torch.channels_last)
         output = self.network(scaled, self.constants.timestep, text, return_dict=False)[0].float()
         latent = self.constants.latent_coefficient * noise + self.constants.output_coefficient * output
-        return latent.contiguous().numpy()
+        combined: Array = latent.contiguous().numpy()
+        return combined
 
 
 class Decoder:
@@ -92,7 +96,7 @@ class Decoder:
     def from_bundle(cls, folder: Path, settings: Settings) -> Decoder:
         import diffusers
 
-        manifest = bundle.read(folder, verify=False)
+        manifest = bundle.facts(folder)
         kind = bundle.read_config(folder, "vae/config.json")["_class_name"]
         if kind not in ("AutoencoderTiny", "AutoencoderKL"):
             raise InvalidRequest("vae", kind, "AutoencoderTiny or AutoencoderKL")
@@ -104,4 +108,5 @@ class Decoder:
         latent = torch.from_numpy(np.ascontiguousarray(latent_BCHW, dtype=np.float32)) / self.network.config.scaling_factor
         image = self.network.decode(latent.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
         pixels = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8)
-        return pixels.contiguous().numpy()
+        image_BHWC: Array = pixels.contiguous().numpy()
+        return image_BHWC

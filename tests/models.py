@@ -60,3 +60,41 @@ def tiny_folder(folder: Path, scheduler: Any = None, seed: int = 0) -> Path:
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def tiny_teacher(folder: Path, seed: int = 1) -> Path:
+    """A random multi-step teacher of 32x32 images: three stages, so that block removal leaves two."""
+    from diffusers import AutoencoderKL
+
+    tiny_folder(folder, seed=seed)
+    torch.manual_seed(seed)
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    UNet2DConditionModel(
+        sample_size=4, in_channels=8, out_channels=8, block_out_channels=(16, 32, 32), layers_per_block=1,
+        down_block_types=(cross, cross, plain), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8, use_linear_projection=True,
+        addition_embed_type="text", addition_embed_type_num_heads=2,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    AutoencoderKL(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1, sample_size=32, scaling_factor=1.0,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, mid_block_add_attention=False,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    return folder
+
+
+def tiny_recipe(teacher: Path, steps: int = 4) -> dict[str, Any]:
+    """A distillation of `tiny_teacher` that takes seconds."""
+    size = {"steps": steps, "batch": 4, "lr": 1e-3}
+    tiny_vae = {
+        "latent_channels": 8, "encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+        "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
+    }  # fmt: skip
+    weights = {"feature_weights": (1.0, 0.5, 0.5, 0.5), "latent_l2": 1.0}
+    return {
+        "kind": "distill", "name": "tiny", "world": "scenes", "teacher": str(teacher),
+        "pairs": {"count": 16, "steps": 3, "guidance": 2.0, "solver": "dpm"},
+        "decoder": {**size, "config": tiny_vae, "gan_weight": 0.01, "pixel_weight": 1.0, "encoder_weight": 0.1},
+        "unet": {**size, "ema": 0.9}, "warmup": {**size, **weights},
+        "diff_instruct": {**size, "online_lr": 1e-4, **weights},
+        "evaluation": {"train_images": 8, "heldout_images": 8, "teacher_steps": 3},
+    }  # fmt: skip

@@ -120,7 +120,9 @@ class Distillation:
     def pool(self) -> TeacherPool:
         """The teacher pool, started when the first stage has to run."""
         if self._pool is None:
-            self._pool = TeacherPool(self.folder, self.pool_size, cpus=self.cluster.cpus_per_worker, threads=self.cluster.threads)
+            self._pool = TeacherPool(
+                self.folder, self.pool_size, cpus=self.cluster.cpus_per_worker, threads=self.cluster.threads
+            )
             self._board = Board.remote()  # type: ignore[attr-defined]
         return self._pool
 
@@ -191,7 +193,9 @@ class Distillation:
 
 def halve(path: Path) -> None:
     """Rewrite a safetensors file in float16."""
-    tensors = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in load_file(path).items()}
+    tensors = {
+        name: value.half().contiguous() if value.is_floating_point() else value for name, value in load_file(path).items()
+    }
     save_file(tensors, path, {"format": "pt"})
 
 
@@ -218,6 +222,7 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
     """A Ray cluster for this process: the one RAY_ADDRESS names, else a local one that ends with it."""
     import os
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the default, 15, starves training beside anything else
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "token")
     started = not ray.is_initialized()

@@ -138,14 +138,20 @@ def choose_captions(judge: Judge, split: str, count: int) -> list[str]:
 
 
 def score_rows(
-    judge: Judge, teacher: Teacher, generators: dict[str, Generate], evaluation: EvaluationSection, progress: Callable[[str], None]
+    judge: Judge,
+    teacher: Teacher,
+    generators: dict[str, Generate],
+    evaluation: EvaluationSection,
+    progress: Callable[[str], None],
 ) -> list[Row]:
     """All rows for both splits, the autoencoder's ("vae") first."""
     rows: list[Row] = []
     latencies: dict[str, float] = {}
     for split, count in (("train", evaluation.train_images), ("heldout", evaluation.heldout_images)):
         captions = choose_captions(judge, split, count)
-        made: dict[str, Callable[[], Images]] = {"vae": lambda c=captions: reconstruct(teacher, judge.world.reference_images(c))}  # type: ignore[misc]
+        made: dict[str, Callable[[], Images]] = {
+            "vae": lambda c=captions: reconstruct(teacher, judge.world.reference_images(c))
+        }  # type: ignore[misc]
         made |= {name: (lambda g=generate, c=captions: in_batches(g, c)) for name, generate in generators.items()}  # type: ignore[misc]
         for name, make in made.items():
             progress(f"{split} {name}")
@@ -155,8 +161,14 @@ def score_rows(
                 latencies[name] = latency_ms(generators[name], captions[0], 5 if slow else 30)
             rows.append(
                 Row(
-                    judge.world.name, split, name, round(scores.top1, 4), None if scores.top5 is None else round(scores.top5, 4),
-                    round(scores.frechet, 4), latencies.get(name), len(captions),
+                    judge.world.name,
+                    split,
+                    name,
+                    round(scores.top1, 4),
+                    None if scores.top5 is None else round(scores.top5, 4),
+                    round(scores.frechet, 4),
+                    latencies.get(name),
+                    len(captions),
                 )  # fmt: skip
             )
     return rows

@@ -102,7 +102,8 @@ def run_stage(job: StageJob, settings: Settings, progress: Progress) -> None:
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+            resources_per_worker={"CPU": cluster.cpus_per_worker}
+            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
         ),
         run_config=RunConfig(
             name=f"{job.stage}-{job.digest}",

@@ -147,7 +147,9 @@ def digest(value: BaseModel | Any) -> str:
 
 def built_in() -> list[str]:
     """Names of the recipes that ship with the trainer."""
-    return sorted(p.name.removesuffix(".toml") for p in resources.files("trainer.recipes").iterdir() if p.name.endswith(".toml"))
+    return sorted(
+        p.name.removesuffix(".toml") for p in resources.files("trainer.recipes").iterdir() if p.name.endswith(".toml")
+    )
 
 
 def load(name_or_path: str) -> TeacherRecipe | DistillRecipe:

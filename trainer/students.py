@@ -13,7 +13,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-PER_STAGE = ("attention_head_dim", "num_attention_heads", "transformer_layers_per_block", "layers_per_block", "cross_attention_dim")
+PER_STAGE = (
+    "attention_head_dim",
+    "num_attention_heads",
+    "transformer_layers_per_block",
+    "layers_per_block",
+    "cross_attention_dim",
+)
 
 
 def student_config(teacher: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +75,9 @@ def shrink(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     for name, value in student.state_dict().items():
         source = weights[_source(name, teacher, student)]
         if source.shape != value.shape:
-            raise ValueError(f"{name}: student {tuple(value.shape)}, teacher {tuple(source.shape)}; block removal needs the last two stages alike")
+            raise ValueError(
+                f"{name}: student {tuple(value.shape)}, teacher {tuple(source.shape)}; block removal needs the last two stages alike"
+            )
         mapped[name] = source.clone()
     student.load_state_dict(mapped)
     return student

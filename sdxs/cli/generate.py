@@ -19,11 +19,15 @@ SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; .png, .jpg or .webp. With -n 3: name-0, name-1, name-2.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write; .png, .jpg or .webp. With -n 3: name-0, name-1, name-2.")
+    ],
     model: Annotated[str, typer.Option(help="Bundle: name, name@pointer, sha256:digest or folder.")] = "emoji",
     seed: Annotated[int, typer.Option(help="Same seed, same image. Image i of a request has seed + i.")] = 0,
     n: Annotated[int, typer.Option("-n", help="How many images, 1 to 16.")] = 1,
-    server: Annotated[str | None, typer.Option(help="host:port of a gateway; without it the image is made in this process.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="host:port of a gateway; without it the image is made in this process.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Make images of PROMPT.
@@ -44,7 +48,9 @@ def generate(
         path.write_bytes(data)
     seconds = round(time.perf_counter() - start, 3)
     if as_json:
-        typer.echo(json.dumps({"files": [str(p) for p in paths], "prompt": prompt, "model": model, "seed": seed, "seconds": seconds}))
+        typer.echo(
+            json.dumps({"files": [str(p) for p in paths], "prompt": prompt, "model": model, "seed": seed, "seconds": seconds})
+        )
     else:
         typer.echo(f"{', '.join(str(p) for p in paths)} ({seconds} s)")
 

@@ -14,7 +14,12 @@ from sdxs import registry
 from sdxs.settings import Settings
 from sdxs.store import open_store
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="List, show, publish, promote and roll back bundles.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="List, show, publish, promote and roll back bundles.",
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -37,7 +42,9 @@ def list_models(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(model: Annotated[str, typer.Argument(help="name, name@pointer, sha256:digest or folder.")], as_json: AsJson = False) -> None:
+def show(
+    model: Annotated[str, typer.Argument(help="name, name@pointer, sha256:digest or folder.")], as_json: AsJson = False
+) -> None:
     """A bundle's facts: sizes, one-step constants, metrics, lineage.
 
     \b

@@ -28,7 +28,15 @@ class AutoencoderStage(Stage):
     """
 
     def __init__(
-        self, config: dict[str, Any], schedule: Schedule, images: ImageBatch, batch: int, kl: float, layout: float, colour: float, seed: int
+        self,
+        config: dict[str, Any],
+        schedule: Schedule,
+        images: ImageBatch,
+        batch: int,
+        kl: float,
+        layout: float,
+        colour: float,
+        seed: int,
     ) -> None:
         torch.manual_seed(seed)
         self.vae = AutoencoderKL(**config).to(memory_format=torch.channels_last)

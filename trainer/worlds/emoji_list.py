@@ -51,7 +51,9 @@ PROFESSIONS = {
     "health worker", "student", "farmer", "cook", "factory worker", "scientist", "artist", "pilot", "astronaut",
     "firefighter", "police officer", "construction worker",
 }  # fmt: skip
-COLOURED_SHAPE = re.compile(r"^(red|orange|yellow|green|blue|purple|brown|black|white|pink|grey|light blue) (circle|square|heart)$")
+COLOURED_SHAPE = re.compile(
+    r"^(red|orange|yellow|green|blue|purple|brown|black|white|pink|grey|light blue) (circle|square|heart)$"
+)
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
 

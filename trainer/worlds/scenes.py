@@ -98,5 +98,8 @@ class ScenesWorld:
         return np.stack([draw(self._by_caption[c]) for c in captions])
 
     def labels(self, captions: list[str]) -> np.ndarray:
-        rows = [[ATTRIBUTES[name].index(value) for name, value in zip(ATTRIBUTES, self._by_caption[c], strict=True)] for c in captions]
+        rows = [
+            [ATTRIBUTES[name].index(value) for name, value in zip(ATTRIBUTES, self._by_caption[c], strict=True)]
+            for c in captions
+        ]
         return np.array(rows, dtype=np.int64)
