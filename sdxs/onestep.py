@@ -1,4 +1,4 @@
-"""The single sampling step as numbers: x0 = latent_coefficient * noise + output_coefficient * unet(input_scale * noise, timestep).
+"""The single sampling step as numbers: x0 = latent_coefficient * noise + output_coefficient * unet(input_scale * noise).
 
 The noise is unit Gaussian, whatever the scheduler's own scale of it is (14.6 for Euler).
 """
@@ -84,4 +84,5 @@ def probe_folder(folder: Path) -> OneStepConstants:
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise CorruptArtifact(f"scheduler/scheduler_config.json: {name!r} is not a scheduler of diffusers")
-    return probe(kind.from_pretrained(path.parent))
+    loaded: Any = kind
+    return probe(loaded.from_pretrained(path.parent))

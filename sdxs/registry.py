@@ -180,6 +180,9 @@ def open_model(reference: str, settings: Settings) -> tuple[Path, Manifest]:
     if "/" in reference or reference.startswith("."):
         return _open_folder(Path(reference))
     if _DIGEST.fullmatch(reference):
+        for folder in packaged().values():
+            if bundle.read(folder, verify=False).digest.startswith(reference):
+                return _open_folder(folder)
         return download(reference, open_store(settings), settings.cache_dir)
     return _open_name(reference, settings)
 

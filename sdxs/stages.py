@@ -1,4 +1,4 @@
-"""The three networks of a bundle, one class each: what a replica hosts, and what the in-process pipeline composes. Imports torch.
+"""The three networks of a bundle, one class each: what a replica hosts and the in-process pipeline composes. Imports torch.
 
 Arrays go in and come out: B images, C latent channels, H x W elements or pixels, L tokens of D numbers.
 """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PreconditionFailed
 from sdxs.store.transfer import PartFile, read_chunks
+
+T = TypeVar("T")
 
 
 class FileStore:
@@ -48,23 +51,27 @@ class FileStore:
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
         path = self._path(key)
-        try:
-            return self._read(key, path)
-        except CorruptArtifact:  # or replaced between our two reads: look again while nobody writes
-            with self._lock():
-                return self._read(key, path)
+
+        def read() -> tuple[bytes, str]:
+            data = b"".join(self._chunks(key, path))
+            digest = hashlib.sha256(data).hexdigest()
+            self._check(key, path, digest)
+            return data, digest
+
+        return self._settled(read)
 
     def get_file(self, key: str, path: Path) -> None:
         source = self._path(key)
-        if not source.is_file():
-            raise NotFound(f"object {key!r} is not in the store")
-        with self._lock():
+
+        def copy() -> None:
             part = PartFile(path)
             try:
-                self._check(key, source, part.write(read_chunks(source)))
+                self._check(key, source, part.write(self._chunks(key, source)))
                 part.commit()
             finally:
                 part.discard()
+
+        self._settled(copy)
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
@@ -108,14 +115,20 @@ class FileStore:
         finally:
             part.discard()
 
-    def _read(self, key: str, path: Path) -> tuple[bytes, str]:
+    def _settled(self, read: Callable[[], T]) -> T:
+        """What `read` gives. What seems corrupt may have been replaced between its two reads: again, while nobody writes."""
         try:
-            data = path.read_bytes()
+            return read()
+        except CorruptArtifact:
+            with self._lock():
+                return read()
+
+    @staticmethod
+    def _chunks(key: str, path: Path) -> Iterator[bytes]:
+        try:
+            yield from read_chunks(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise NotFound(f"object {key!r} is not in the store") from None
-        digest = hashlib.sha256(data).hexdigest()
-        self._check(key, path, digest)
-        return data, digest
 
     @staticmethod
     def _check(key: str, path: Path, digest: str) -> None:
