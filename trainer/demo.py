@@ -118,13 +118,13 @@ def _ask(address: str, model: str, output: Path) -> np.ndarray:
     pictures = []
     with Client(address) as client:
         for prompt in PROMPTS:
-            [image] = client.generate(prompt, model=model, seed=SEED, format="png")
+            [image] = client.generate(prompt, model=model, seed=SEED, format="png").images
             (folder / f"{prompt.replace(' ', '-')}.png").write_bytes(image.data)
             pictures.append(np.asarray(image.pil().convert("RGB")))
     return np.stack(pictures)
 
 
-def _report(
+def _report(  # noqa: PLR0913
     output: Path, recipe: DistillRecipe, result: Result, settings: Settings, rows: list[Row], generators: dict[str, Generate],
     served: np.ndarray,
 ) -> None:  # fmt: skip

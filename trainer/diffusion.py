@@ -87,7 +87,7 @@ def sample(
     kind = DDIMScheduler if solver == "ddim" else DPMSolverMultistepScheduler
     scheduler = kind.from_config(dict(scheduler_config), timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    x_BCHW = noise_BCHW * scheduler.init_noise_sigma
+    x_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = predict(scheduler.scale_model_input(x_BCHW, t), t.expand(len(x_BCHW)))
         x_BCHW = scheduler.step(output, t, x_BCHW).prev_sample

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -135,14 +136,10 @@ class Distillation:
             pairs = draw_pairs(
                 self.pool.client(),
                 get_world(self.recipe.world).captions("train"),
-                section.count,
+                section,
                 (config["in_channels"], config["sample_size"], config["sample_size"]),
-                seed=self.recipe.seed + 1,
-                steps=section.steps,
-                guidance=section.guidance,
-                solver=section.solver,
-                in_flight=2 * self.pool_size + 1,
-                progress=lambda done: self.watch("pairs", done, section.count, {}),
+                self.recipe.seed + 1,
+                lambda done: self.watch("pairs", done, section.count, {}),
             )
             with tempfile.TemporaryDirectory() as scratch:
                 pairs.save(Path(scratch) / "pairs.safetensors")
@@ -227,7 +224,9 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "token")
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        ray.init(
+            num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False
+        )
     try:
         yield
     finally:

@@ -145,30 +145,24 @@ def score_rows(
     progress: Callable[[str], None],
 ) -> list[Row]:
     """All rows for both splits, the autoencoder's ("vae") first."""
+    latencies: dict[str, float | None] = {"vae": None}
     rows: list[Row] = []
-    latencies: dict[str, float] = {}
     for split, count in (("train", evaluation.train_images), ("heldout", evaluation.heldout_images)):
         captions = choose_captions(judge, split, count)
-        made: dict[str, Callable[[], Images]] = {
-            "vae": lambda c=captions: reconstruct(teacher, judge.world.reference_images(c))
-        }  # type: ignore[misc]
-        made |= {name: (lambda g=generate, c=captions: in_batches(g, c)) for name, generate in generators.items()}  # type: ignore[misc]
-        for name, make in made.items():
+        for name in ("vae", *generators):
             progress(f"{split} {name}")
-            scores = judge.score(make(), captions)
-            if name in generators and name not in latencies:
-                slow = name in ("teacher", "kd")
-                latencies[name] = latency_ms(generators[name], captions[0], 5 if slow else 30)
-            rows.append(
-                Row(
-                    judge.world.name,
-                    split,
-                    name,
-                    round(scores.top1, 4),
-                    None if scores.top5 is None else round(scores.top5, 4),
-                    round(scores.frechet, 4),
-                    latencies.get(name),
-                    len(captions),
-                )  # fmt: skip
+            images = (
+                reconstruct(teacher, judge.world.reference_images(captions))
+                if name == "vae"
+                else in_batches(generators[name], captions)
             )
+            if name not in latencies:
+                latencies[name] = latency_ms(generators[name], captions[0], 5 if name in ("teacher", "kd") else 30)
+            rows.append(_row(judge, split, name, images, captions, latencies[name]))
     return rows
+
+
+def _row(judge: Judge, split: str, name: str, images: Images, captions: list[str], latency: float | None) -> Row:
+    scores = judge.score(images, captions)
+    top5 = None if scores.top5 is None else round(scores.top5, 4)
+    return Row(judge.world.name, split, name, round(scores.top1, 4), top5, round(scores.frechet, 4), latency, len(captions))

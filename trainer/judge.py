@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ class JudgeNet(nn.Module):
         self.heads, self.width = dict(heads), width
         channels = [3, width, 2 * width, 3 * width, 4 * width]
         blocks = []
-        for low, high in zip(channels, channels[1:], strict=False):
+        for low, high in pairwise(channels):
             blocks += [nn.Conv2d(low, high, 3, stride=2, padding=1), nn.GroupNorm(4, high), nn.SiLU()]
             blocks += [nn.Conv2d(high, high, 3, padding=1), nn.GroupNorm(4, high), nn.SiLU()]
         self.trunk = nn.Sequential(*blocks)

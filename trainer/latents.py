@@ -30,7 +30,8 @@ class LatentViews:
 def encode_views(vae: AutoencoderKL, world: World, views: int, seed: int) -> LatentViews:
     """Encode `views` random augmented training views (posterior means)."""
     rng = np.random.default_rng([seed, views])
-    parts, captions = [], []
+    parts: list[Tensor] = []
+    captions: list[str] = []
     while len(captions) < views:
         images, texts = world.training_images(min(64, views - len(captions)), rng)
         parts.append(vae.encode(to_tensor(images)).latent_dist.mean.half())

@@ -112,11 +112,11 @@ def run_stage(job: StageJob, settings: Settings, progress: Progress) -> None:
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    with _watching(job, progress):
+    with _Watching(job, progress):
         trainer.fit()
 
 
-class _watching:
+class _Watching:
     """Polls the board in a thread and hands what is new to `progress`."""
 
     def __init__(self, job: StageJob, progress: Progress) -> None:

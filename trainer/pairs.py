@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxs.noise import latent_noise
+from trainer.recipe import PairsSection
 from trainer.teacher import Pending, Sample, TeacherClient
+
+BATCH, IN_FLIGHT = 32, 6
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Pairs:
         from safetensors import safe_open
 
         tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             captions = file.metadata()["captions"].split("\n")
         return cls(tensors["latent"], tensors["seed"], captions)
 
@@ -48,18 +51,18 @@ class Pairs:
 def draw_pairs(
     teacher: TeacherClient,
     captions: list[str],
-    count: int,
+    section: PairsSection,
     shape: tuple[int, int, int],
-    *,
     seed: int,
-    steps: int,
-    guidance: float,
-    solver: str,
-    batch: int = 32,
-    in_flight: int = 4,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None],
 ) -> Pairs:
-    """Sample `count` pairs, going round the captions in a shuffled order, with `in_flight` requests under way."""
+    """Sample `section.count` pairs, going round the captions in a shuffled order, with several requests under way.
+
+    Args:
+        shape: (C, H, W) of a latent.
+        progress: told how many are done.
+    """
+    count = section.count
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(captions)) for _ in range(-(-count // len(captions)))])[:count]
     texts = [captions[i] for i in order]
@@ -71,10 +74,12 @@ def draw_pairs(
         latents.append(torch.from_numpy(waiting.popleft().result()[0].copy()))
         progress(sum(len(part) for part in latents))
 
-    for start in range(0, count, batch):
-        noise = np.stack([latent_noise(s, shape) for s in seeds[start : start + batch]])
-        waiting.append(teacher.submit(Sample(noise, texts[start : start + batch], steps, guidance, solver)))
-        if len(waiting) >= in_flight:
+    for start in range(0, count, BATCH):
+        noise = np.stack([latent_noise(s, shape) for s in seeds[start : start + BATCH]])
+        waiting.append(
+            teacher.submit(Sample(noise, texts[start : start + BATCH], section.steps, section.guidance, section.solver))
+        )
+        if len(waiting) >= IN_FLIGHT:
             collect()
     while waiting:
         collect()

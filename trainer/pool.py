@@ -77,7 +77,8 @@ class TeacherPool:
 
     def __init__(self, folder: Path, size: int, *, cpus: float = 1.0, gpus: float = 0.0, threads: int = 1) -> None:
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": RETRIES}
-        self.members = [TeacherMember.options(**options).remote(str(folder), threads) for _ in range(size)]
+        member: Any = TeacherMember  # ray's decorator hides the actor's interface from type checkers
+        self.members = [member.options(**options).remote(str(folder), threads) for _ in range(size)]
 
     def client(self) -> PoolClient:
         """A client for this process or for sending to a worker."""

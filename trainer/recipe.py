@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sdxs.errors import InvalidRequest, NotFound
+from trainer.loop import Schedule
 
 
 class Section(BaseModel):
@@ -31,6 +32,10 @@ class Optimisation(Section):
     warmup: int = Field(default=0, ge=0)
     cosine: bool = False
     ema: float | None = Field(default=None, gt=0, lt=1)
+
+    def schedule(self) -> Schedule:
+        """The learning-rate schedule these numbers describe."""
+        return Schedule(self.steps, self.lr, self.warmup, self.cosine)
 
 
 class AutoencoderSection(Optimisation):

@@ -98,17 +98,20 @@ img,svg{max-width:100%}</style>
 <h1>{{ name }}</h1><p>{{ summary }}</p>
 {% for split, rows in splits.items() %}<h2>{{ titles[split] }}</h2>
 <table><tr><th>row<th>top-1<th>top-5<th>Frechet<th>ms per image<th>images</tr>
-{% for r in rows %}<tr><td>{{ r.row }}<td>{{ "%.1f%%"|format(100*r.top1) }}<td>{{ "%.1f%%"|format(100*r.top5) if r.top5 is not none else "" }}
-<td>{{ "%.3f"|format(r.frechet) }}<td>{{ "%.1f"|format(r.latency_ms) if r.latency_ms else "" }}<td>{{ r.images }}</tr>{% endfor %}</table>{% endfor %}
+{% for r in rows %}<tr><td>{{ r.row }}<td>{{ "%.1f%%"|format(100*r.top1) }}
+<td>{{ "%.1f%%"|format(100*r.top5) if r.top5 is not none else "" }}
+<td>{{ "%.3f"|format(r.frechet) }}<td>{{ "%.1f"|format(r.latency_ms) if r.latency_ms else "" }}
+<td>{{ r.images }}</tr>{% endfor %}</table>{% endfor %}
 <h2>Side by side</h2><img alt="contact sheet" src="data:image/png;base64,{{ sheet }}">
 <h2>Loss curves</h2>{{ curves }}
-<h2>Where the time went</h2><table>{% for stage, s in seconds.items() %}<tr><td>{{ stage }}<td>{{ "%.0f s"|format(s) if s else "reused" }}</tr>{% endfor %}</table>
+<h2>Where the time went</h2><table>{% for stage, s in seconds.items() %}
+<tr><td>{{ stage }}<td>{{ "%.0f s"|format(s) if s else "reused" }}</tr>{% endfor %}</table>
 <h2>Machine</h2><p>{{ machine }}</p></html>""",
     autoescape=False,
 )
 
 
-def write_report(
+def write_report(  # noqa: PLR0913
     folder: Path, name: str, rows: list[Row], seconds: dict[str, float], sheet: Image.Image, logs: dict[str, Path], summary: str
 ) -> None:
     """`contact_sheet.png`, `report.html` and `report.json` in `folder`."""

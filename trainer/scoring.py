@@ -49,7 +49,7 @@ def evaluate_bundle(
     world: str,
     evaluation: EvaluationSection,
     artifacts: Artifacts,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None],
 ) -> tuple[list[Row], dict[str, Generate]]:
     """Score a bundle beside its teacher; also returns the generators, for pictures."""
     teacher = Teacher(teacher_folder(manifest.lineage["teacher"]))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from trainer.judge import to_tensor
 from trainer.latents import LatentViews, encode_views
-from trainer.loop import Schedule, Stage
-from trainer.recipe import Optimisation, TeacherRecipe
+from trainer.loop import Stage
+from trainer.recipe import TeacherRecipe
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.stages.denoiser import DenoiserStage
 from trainer.stages.judge import JudgeStage
@@ -22,10 +22,6 @@ from trainer.tokenizer import train_tokenizer
 from trainer.worlds.base import World, get_world
 
 ORDER = ("judge", "autoencoder", "denoiser")
-
-
-def schedule(section: Optimisation) -> Schedule:
-    return Schedule(section.steps, section.lr, section.warmup, section.cosine)
 
 
 def image_source(world: World) -> Callable[[int, torch.Generator], Tensor]:
@@ -42,12 +38,9 @@ def build(recipe: TeacherRecipe, name: str, folder: Path) -> Stage:
     """Stage `name` of a teacher recipe; results of earlier stages are read from `folder`."""
     world = get_world(recipe.world)
     if name == "judge":
-        return JudgeStage(world, schedule(recipe.judge), recipe.judge.batch, recipe.seed)
+        return JudgeStage(world, recipe.judge.schedule(), recipe.judge.batch, recipe.seed)
     if name == "autoencoder":
-        section = recipe.autoencoder
-        return AutoencoderStage(
-            section.config, schedule(section), image_source(world), section.batch, section.kl, section.layout, section.colour, recipe.seed
-        )  # fmt: skip
+        return AutoencoderStage(recipe.autoencoder, image_source(world), recipe.seed)
     return _denoiser(recipe, world, folder)
 
 
@@ -60,7 +53,4 @@ def _denoiser(recipe: TeacherRecipe, world: World, folder: Path) -> DenoiserStag
         views = encode_views(load_frozen(AutoencoderKL, folder / "vae"), world, section.views, recipe.seed)
         torch.save(vars(views), cached)
     tokenizer = train_tokenizer(world.vocabulary(), folder / "tokenizer", section.vocabulary, section.max_tokens)
-    return DenoiserStage(
-        section.unet, section.text, section.scheduler, tokenizer, schedule(section), views.draw, section.batch, recipe.seed,
-        section.caption_dropout,
-    )  # fmt: skip
+    return DenoiserStage(section, tokenizer, views.draw, recipe.seed)

@@ -17,7 +17,7 @@ SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 @app.command()
-def generate(
+def generate(  # noqa: PLR0913  (one argument per option)
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="File to write; .png, .jpg or .webp. With -n 3: name-0, name-1, name-2.")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from trainer.loop import Schedule, Stage, Trainable, step_generator
+from trainer.loop import Stage, Trainable, step_generator
 from trainer.objectives.decoder import down8_l1
 from trainer.objectives.reconstruction import gradient_l1, kl_per_element, opponent_l1
+from trainer.recipe import AutoencoderSection
 
 ImageBatch = Callable[[int, torch.Generator], Tensor]
 
@@ -20,33 +20,22 @@ ImageBatch = Callable[[int, torch.Generator], Tensor]
 class AutoencoderStage(Stage):
     """L1 + L2 + image-gradient L1 + layout L1 + a small KL term; exported with whitened latents.
 
+    The recipe's `layout` weighs the L1 between images averaged over 8x8 blocks, `colour` the L1 of opponent colours: without them
+    rare colours (green, purple) stay grey for thousands of steps.
+
     Args:
-        config: AutoencoderKL configuration.
-        layout: weight of the L1 between images averaged over 8x8 blocks.
-        colour: weight of the opponent-colour L1.
         images: draws a batch of images in [-1, 1], shape (B, 3, H, W).
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        schedule: Schedule,
-        images: ImageBatch,
-        batch: int,
-        kl: float,
-        layout: float,
-        colour: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, section: AutoencoderSection, images: ImageBatch, seed: int) -> None:
         torch.manual_seed(seed)
-        self.vae = AutoencoderKL(**config).to(memory_format=torch.channels_last)
-        self.images, self.batch, self.kl, self.layout, self.colour, self.seed = images, batch, kl, layout, colour, seed
-        self.steps = schedule.steps
-        self.trainables = {"vae": Trainable(self.vae, schedule, weight_decay=0.0, ema_decay=0.995)}
+        self.section, self.images, self.seed, self.steps = section, images, seed, section.steps
+        self.vae = AutoencoderKL(**section.config).to(memory_format=torch.channels_last)
+        self.trainables = {"vae": Trainable(self.vae, section.schedule(), weight_decay=0.0, ema_decay=section.ema)}
 
     def step(self, index: int) -> dict[str, Tensor | float]:
         generator = step_generator(self.seed, index)
-        image_BCHW = self.images(self.batch, generator).contiguous(memory_format=torch.channels_last)
+        image_BCHW = self.images(self.section.batch, generator).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(image_BCHW).latent_dist
         latent_BCHW = posterior.sample(generator)
         output_BCHW = self.vae.decode(latent_BCHW).sample
@@ -56,7 +45,7 @@ class AutoencoderStage(Stage):
         loss = error.abs().mean() + mse + 0.5 * gradient_l1(output_BCHW, image_BCHW)
         layout = down8_l1(output_BCHW, image_BCHW)
         colour = opponent_l1(output_BCHW, image_BCHW)
-        loss = loss + self.layout * layout + self.colour * colour + self.kl * kl
+        loss = loss + self.section.layout * layout + self.section.colour * colour + self.section.kl * kl
         norm = self.trainables["vae"].update(loss, index)
         psnr = 10 * torch.log10(4.0 / mse.detach())
         return {"loss": loss, "psnr_db": psnr, "layout_l1": layout, "colour_l1": colour, "kl": kl, "gradient_norm": norm}

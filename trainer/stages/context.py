@@ -14,9 +14,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from trainer.diffusion import Diffusion
-from trainer.loop import Schedule, step_generator
+from trainer.loop import step_generator
 from trainer.pairs import Pairs
-from trainer.recipe import DistillRecipe, Optimisation
+from trainer.recipe import DistillRecipe
 from trainer.teacher import Pending, Request, TeacherClient, TextEncoder, load_frozen
 
 LAST_TIMESTEP = 999  # the single step starts here (paper: one step at t = 999, guidance 0)
@@ -36,11 +36,6 @@ class StageContext:
     def generator(self, index: int) -> torch.Generator:
         """The step's source of randomness on this worker."""
         return step_generator(self.recipe.seed, index, self.rank)
-
-
-def schedule_of(section: Optimisation) -> Schedule:
-    """The section's learning-rate schedule."""
-    return Schedule(section.steps, section.lr, section.warmup, section.cosine)
 
 
 T = TypeVar("T")

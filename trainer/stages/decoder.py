@@ -9,9 +9,9 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.loop import Schedule, Stage, Trainable
+from trainer.loop import Schedule, Stage, Trainable, channels_last
 from trainer.objectives.decoder import discriminator_hinge, down8_l1, generator_hinge
-from trainer.stages.context import Ahead, StageContext, schedule_of
+from trainer.stages.context import Ahead, StageContext
 from trainer.teacher import Decode, Request, compact
 
 
@@ -45,12 +45,12 @@ class DecoderStage(Stage):
         self.vae = AutoencoderTiny(**section.config).to(memory_format=torch.channels_last)
         factor = 2 ** (len(section.config["decoder_block_out_channels"]) - 1)
         self.factor = factor
-        self.discriminator = PatchDiscriminator(
-            section.config["latent_channels"], section.discriminator_width, factor.bit_length() - 1
-        ).to(memory_format=torch.channels_last)
+        self.discriminator = channels_last(
+            PatchDiscriminator(section.config["latent_channels"], section.discriminator_width, factor.bit_length() - 1)
+        )
         critic = Schedule(section.steps, section.discriminator_lr)
         self.trainables = {
-            "vae": Trainable(self.vae, schedule_of(section), weight_decay=0.0, ema_decay=section.ema),
+            "vae": Trainable(self.vae, section.schedule(), weight_decay=0.0, ema_decay=section.ema),
             "discriminator": Trainable(self.discriminator, critic, betas=(0.5, 0.99), weight_decay=0.0),
         }
         self.ahead = Ahead(context.teacher, self._draw, section.steps)

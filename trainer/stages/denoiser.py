@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -13,7 +12,8 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.diffusion import Diffusion, stratified_timesteps
-from trainer.loop import Schedule, Stage, Trainable, step_generator
+from trainer.loop import Stage, Trainable, step_generator
+from trainer.recipe import DenoiserSection
 from trainer.tokenizer import tokenize
 
 LatentBatch = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]
@@ -26,33 +26,17 @@ class DenoiserStage(Stage):
         latents: draws (latent_BCHW, captions); the captions' dropout happens here.
     """
 
-    def __init__(
-        self,
-        unet_config: dict[str, Any],
-        text_config: dict[str, Any],
-        scheduler_config: dict[str, Any],
-        tokenizer: CLIPTokenizer,
-        schedule: Schedule,
-        latents: LatentBatch,
-        batch: int,
-        seed: int,
-        caption_dropout: float = 0.1,
-    ) -> None:
+    def __init__(self, section: DenoiserSection, tokenizer: CLIPTokenizer, latents: LatentBatch, seed: int) -> None:
         torch.manual_seed(seed)
-        self.tokenizer, self.latents, self.batch, self.seed = tokenizer, latents, batch, seed
-        self.scheduler = DDIMScheduler(**scheduler_config)
-        self.diffusion, self.caption_dropout = Diffusion(self.scheduler.config), caption_dropout
-        self.unet = UNet2DConditionModel(**unet_config).to(memory_format=torch.channels_last)
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        self.text = CLIPTextModel(
-            CLIPTextConfig(
-                **text_config, **ids, pad_token_id=tokenizer.pad_token_id, vocab_size=len(tokenizer),
-                max_position_embeddings=tokenizer.model_max_length,
-            )
-        )  # fmt: skip
-        self.steps = schedule.steps
+        self.section, self.tokenizer, self.latents, self.seed, self.steps = section, tokenizer, latents, seed, section.steps
+        self.scheduler = DDIMScheduler(**section.scheduler)
+        self.diffusion = Diffusion(self.scheduler.config)
+        self.unet = UNet2DConditionModel(**section.unet).to(memory_format=torch.channels_last)
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        size = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+        self.text = CLIPTextModel(CLIPTextConfig(**section.text, **special, **size))
         both = torch.nn.ModuleDict({"unet": self.unet, "text_encoder": self.text})
-        self.trainables = {"denoiser": Trainable(both, schedule, betas=(0.9, 0.99), weight_decay=0.0, ema_decay=0.999)}
+        self.trainables = {"denoiser": Trainable(both, section.schedule(), weight_decay=0.0, ema_decay=section.ema)}
         self._ids: dict[str, Tensor] = {}
 
     def _tokens(self, captions: list[str]) -> Tensor:
@@ -62,11 +46,11 @@ class DenoiserStage(Stage):
         return torch.stack([self._ids[caption] for caption in captions])
 
     def step(self, index: int) -> dict[str, Tensor | float]:
-        generator = step_generator(self.seed, index)
-        latent_BCHW, captions = self.latents(self.batch, generator)
-        dropped = torch.rand(self.batch, generator=generator) < self.caption_dropout
+        generator, batch = step_generator(self.seed, index), self.section.batch
+        latent_BCHW, captions = self.latents(batch, generator)
+        dropped = torch.rand(batch, generator=generator) < self.section.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        t_B = stratified_timesteps(self.batch, 0, self.diffusion.timesteps, generator)
+        t_B = stratified_timesteps(batch, 0, self.diffusion.timesteps, generator)
         noise_BCHW = torch.randn(latent_BCHW.shape, generator=generator)
         noisy_BCHW = self.diffusion.diffuse(latent_BCHW, noise_BCHW, t_B).contiguous(memory_format=torch.channels_last)
         text_BLD = self.text(self._tokens(captions)).last_hidden_state

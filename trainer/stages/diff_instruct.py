@@ -13,7 +13,7 @@ from trainer.diffusion import Diffusion, stratified_timesteps
 from trainer.loop import Schedule, Stage, Trainable
 from trainer.objectives.diff_instruct import denoising_loss, diff_instruct, linear_schedule, score_gradient, segment_end
 from trainer.objectives.feature_matching import feature_matching
-from trainer.stages.context import EncoderFeatures, OneStep, StageContext, load_student, schedule_of
+from trainer.stages.context import EncoderFeatures, OneStep, StageContext, load_student
 from trainer.teacher import Denoise, TextEncoder, compact
 
 
@@ -33,7 +33,7 @@ class DiffInstructStage(Stage):
         self.features = EncoderFeatures(context.teacher_folder, self.text)
         online = Schedule(section.steps, section.online_lr)
         self.trainables = {
-            "unet": Trainable(self.student, schedule_of(section), betas=section.betas, clip=10.0, ema_decay=section.ema),
+            "unet": Trainable(self.student, section.schedule(), betas=section.betas, clip=10.0, ema_decay=section.ema),
             "online": Trainable(self.online, online, betas=section.betas, clip=10.0),
         }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.judge import JudgeNet, to_tensor
-from trainer.loop import Schedule, Stage, Trainable, step_generator
+from trainer.loop import Schedule, Stage, Trainable, channels_last, step_generator
 from trainer.worlds.base import World
 
 
@@ -34,7 +34,7 @@ class JudgeStage(Stage):
     def __init__(self, world: World, schedule: Schedule, batch: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.world, self.batch, self.seed, self.steps = world, batch, seed, schedule.steps
-        self.net = JudgeNet(world.heads).to(memory_format=torch.channels_last)
+        self.net = channels_last(JudgeNet(world.heads))
         self.trainables = {"judge": Trainable(self.net, schedule, weight_decay=1e-4, ema_decay=0.99, clip=5.0)}
 
     def _batch(self, index: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from trainer.diffusion import Diffusion, stratified_timesteps
 from trainer.loop import Stage, Trainable
 from trainer.objectives.distillation import feature_distillation, knowledge_distillation, output_distillation
-from trainer.stages.context import Ahead, StageContext, schedule_of
+from trainer.stages.context import Ahead, StageContext
 from trainer.students import FeatureTap, feature_names, shrink
 from trainer.teacher import Denoise, Request, TextEncoder, compact
 
@@ -31,7 +31,7 @@ class UNetStage(Stage):
         self.tap = FeatureTap(self.student, student_names)
         self.text = TextEncoder(context.teacher_folder)
         self.diffusion = Diffusion.of(context.teacher_folder)
-        self.trainables = {"unet": Trainable(self.student, schedule_of(section), ema_decay=section.ema)}
+        self.trainables = {"unet": Trainable(self.student, section.schedule(), ema_decay=section.ema)}
         self.ahead = Ahead(context.teacher, self._draw, section.steps)
 
     def _draw(self, index: int) -> tuple[Denoise, Request]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from trainer.diffusion import Diffusion
 from trainer.loop import Stage, Trainable
 from trainer.objectives.feature_matching import feature_matching
-from trainer.stages.context import EncoderFeatures, OneStep, StageContext, load_student, schedule_of
+from trainer.stages.context import EncoderFeatures, OneStep, StageContext, load_student
 from trainer.teacher import TextEncoder
 
 
@@ -25,7 +25,7 @@ class WarmupStage(Stage):
         text = TextEncoder(context.teacher_folder)
         self.generate = OneStep(self.student, text, Diffusion.of(context.teacher_folder))
         self.features = EncoderFeatures(context.teacher_folder, text)
-        self.trainables = {"unet": Trainable(self.student, schedule_of(section), ema_decay=section.ema)}
+        self.trainables = {"unet": Trainable(self.student, section.schedule(), ema_decay=section.ema)}
 
     def step(self, index: int) -> dict[str, Tensor | float]:
         noise_BCHW, target_BCHW, captions = self.context.pairs.draw(self.section.batch, self.context.generator(index))

@@ -68,9 +68,9 @@ class ScenesWorld:
     """720 captions, 10% of them held out of training."""
 
     name, image_size, retrieval = "scenes", SIZE, False
-    heads = {name: len(values) for name, values in ATTRIBUTES.items()}
 
     def __init__(self) -> None:
+        self.heads = {name: len(values) for name, values in ATTRIBUTES.items()}
         scenes: list[Scene] = list(itertools.product(*ATTRIBUTES.values()))  # type: ignore[arg-type]
         random.Random(0).shuffle(scenes)
         held = round(HELD_OUT_SHARE * len(scenes))
