@@ -57,11 +57,11 @@ def local_cluster() -> Iterator[None]:
 @contextlib.contextmanager
 def application(model: str) -> Iterator[None]:
     """The Serve application on the cluster, starting; leaving the block drains and stops its replicas."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from ray import serve
 
     from services.app import APP_NAME, AppArgs, build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when imported
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     try:
         target = serve.RunTarget(build(AppArgs(model=model)), name=APP_NAME, route_prefix=None)

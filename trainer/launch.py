@@ -197,7 +197,7 @@ def _train(stage: loop.Stage, job: StageJob, start: int, curve: Path) -> None:
         with curve.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
         if ray.train.get_context().get_world_rank() == 0:
-            job.board.pin.remote(job.stage, step, stage.steps, metrics)
+            job.board.pin.remote(job.stage, step, stage.steps, {**metrics, "worker_pid": os.getpid()})
 
     def checkpoint(step: int) -> None:
         with tempfile.TemporaryDirectory() as folder:

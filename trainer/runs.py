@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from rich.console import Console
+from safetensors.torch import load_file
 
 from sdxs import registry
 from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer import teacher_stages
-from trainer.distill import Distillation, ray_session
+from trainer.distill import Distillation, halve, ray_session, write_model_index
 from trainer.launch import Cluster
 from trainer.loop import run_local
 from trainer.progress import Bars
@@ -47,3 +49,43 @@ def train_teacher(recipe: TeacherRecipe, output: Path) -> None:
         for result in run_folder.iterdir():
             if result.is_dir():
                 shutil.copytree(result, output / result.name, dirs_exist_ok=True)
+    package_teacher(recipe, output, output / "teacher")
+
+
+CARD = """# {name}
+
+A small text-to-image diffusion model of the `{world}` world in diffusers format: {size:.1f} MB in float16. It exists to be distilled:
+a teacher for the demo and the tests, not a product.
+
+- **Data**: {data}
+- **Networks**: {parameters}
+- **Training**: `sdxs train {name}`; the recipe is `recipe.json`, the loss curves `training.jsonl`.
+- **Limits**: it knows its captions and recombines their words (skin tone, colour, profession); other words are spelt letter by letter
+  and mean nothing to it. Small details (faces of people, lettering) are soft.
+- **Licence**: Apache-2.0, as the artwork it learnt from; see NOTICE.
+"""
+DATA = {
+    "emoji": "848 Noto Color Emoji renders, 64x64 pixels, under their Unicode names; 85 compositions held out of training.",
+    "scenes": "720 captions of one coloured shape, drawn by code, 32x32 pixels; 72 held out of training.",
+}
+
+
+def package_teacher(recipe: TeacherRecipe, run: Path, target: Path) -> None:
+    """The finished teacher as it ships: float16 weights, recipe, loss curves and card, loadable by StableDiffusionPipeline."""
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(run / name, target / name, dirs_exist_ok=True)
+    for weights in target.rglob("*.safetensors"):
+        halve(weights)
+    write_model_index(target)
+    (target / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n")
+    curves = []
+    for stage in teacher_stages.ORDER:
+        log = run / "runs" / stage / "log.jsonl"
+        if log.exists():
+            curves += [json.dumps({"stage": stage, **json.loads(line)}) for line in log.read_text().splitlines()]
+    (target / "training.jsonl").write_text("\n".join(curves) + "\n")
+    counts = {p.parent.name: sum(t.numel() for t in load_file(p).values()) for p in sorted(target.rglob("*.safetensors"))}
+    size = sum(p.stat().st_size for p in target.rglob("*.safetensors")) / 1e6
+    text = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items())
+    card = CARD.format(name=recipe.name, world=recipe.world, size=size, data=DATA[recipe.world], parameters=text)
+    (target / "README.md").write_text(card)
