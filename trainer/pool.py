@@ -1,6 +1,7 @@
 """The teacher pool: separate Ray actors, each with its own copy of the teacher, answering a training run's requests.
 
 Requests go to the member with the fewest outstanding; the caller keeps several in flight, so that its own work hides the round trip.
+Importing this module loads no model library: Ray's own processes unpickle the client, and each would pay for it.
 A member that dies is restarted by Ray and its unanswered requests are retried: they are pure functions of their payload.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from trainer.teacher import Array, Pending, Request, Teacher
+if TYPE_CHECKING:
+    from trainer.teacher import Array, Pending, Request
 
 RETRIES = 5
 
@@ -24,6 +26,8 @@ class TeacherMember:
 
     def __init__(self, folder: str, threads: int) -> None:
         import torch
+
+        from trainer.teacher import Teacher
 
         torch.set_num_threads(threads)
         self.teacher = Teacher(Path(folder))
