@@ -104,7 +104,7 @@ class Manifest(BaseModel):
 def _accepted(name: str) -> bool:
     """Whether a bundle may hold a file of that path."""
     path = PurePosixPath(name)
-    plain = str(path) == name and not path.is_absolute() and "\\" not in name
+    plain = str(path) == name and not path.is_absolute() and "\\" not in name and name.isprintable()
     return plain and name != MANIFEST and path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 

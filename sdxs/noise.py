@@ -22,11 +22,16 @@ def latent_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         InvalidRequest: the seed is out of range.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise InvalidRequest("seed", seed, f"an integer from 0 to {MAX_SEED}")
+    _check(seed)
     return np.random.Generator(np.random.Philox(key=seed)).standard_normal(shape, dtype=np.float32)
 
 
 def image_seeds(seed: int, count: int) -> list[int]:
-    """Seeds of the `count` images of one request."""
+    """Seeds of the `count` images of one request: seed, seed + 1, ... modulo 2^64. Raises InvalidRequest."""
+    _check(seed)
     return [(seed + i) % (MAX_SEED + 1) for i in range(count)]
+
+
+def _check(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest("seed", seed, f"an integer from 0 to {MAX_SEED}")

@@ -39,8 +39,8 @@ class OneStepPipeline:
         Raises:
             InvalidRequest: prompt, seed or n is out of range; names the field.
         """
-        if not 1 <= n <= 64:
-            raise InvalidRequest("n", n, "1 to 64")
+        if n < 1:
+            raise InvalidRequest("n", n, "1 or more")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return [Image.fromarray(self.generate(text, one)) for text in prompts for one in image_seeds(seed, n)]
 

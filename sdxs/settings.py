@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sdxs.errors import InvalidRequest
 
 
 def data_home() -> Path:
@@ -40,6 +43,15 @@ class Settings(BaseSettings):
     gateway_address: str = "127.0.0.1:8500"
     cache_dir: Path = cache_home()
     torch_threads: int = 1
+
+    def __init__(self, **values: Any) -> None:
+        """From arguments, then SDXS_* variables. Raises InvalidRequest that names the variable."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = "_".join(map(str, first["loc"])).upper()
+            raise InvalidRequest(f"SDXS_{name}", first["input"], first["msg"]) from error
 
     def environment(self) -> dict[str, str]:
         """The SDXS_* variables that make another process see the same settings. Holds secrets: never log it."""

@@ -54,13 +54,13 @@ def run(name: str, arguments: list[str]) -> None:
         raise InvalidRequest("command", name, ", ".join(COMMANDS) + hint)
     try:
         command = entries[name].load()
+        command(arguments, prog_name=f"sdxs {name}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("sdxs", "services", "trainer"):
             raise
         raise PreconditionFailed(
             f'{name} needs {error.name}, which is not installed: pip install "sdxs[{EXTRAS.get(name, "serve")}]"'
         ) from error
-    command(arguments, prog_name=f"sdxs {name}")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sdxs import registry
 from sdxs.settings import Settings
@@ -35,7 +35,7 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([vars(entry) for entry in found]))
         return
-    table = Table("name", "digest", "where", "since")
+    table = Table("name", "digest", "where", "since", box=None)
     for entry in found:
         table.add_row(f"{entry.name}@{entry.pointer}", entry.digest[:19], entry.where, entry.at)
     Console().print(table)
@@ -56,7 +56,7 @@ def show(
         typer.echo(json.dumps({"digest": manifest.digest, **manifest.model_dump(mode="json")}))
         return
     megabytes = sum(entry.size for entry in manifest.files.values()) / 1e6
-    table = Table(show_header=False)
+    table = Table("", Column(overflow="fold"), show_header=False, box=None)
     facts = {
         "name": manifest.name, "digest": manifest.digest, "folder": str(folder), "size": f"{megabytes:.1f} MB",
         "image": f"{manifest.image_size} x {manifest.image_size} pixels", "latent": str(manifest.latent_shape),
