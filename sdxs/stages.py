@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sdxs import bundle
-from sdxs.errors import InvalidRequest
+from sdxs.errors import CorruptArtifact, InvalidRequest
 from sdxs.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-def _load(kind: Any, folder: Path, settings: Settings) -> Any:
-    """A network for inference, in float32 (what a CPU is fast at), weights laid out channels last."""
+def _load(kind: Any, folder: Path, settings: Settings, unused: tuple[str, ...] = ()) -> Any:
+    """A network for inference, in float32 (what a CPU is fast at), weights laid out channels last.
+
+    Raises:
+        CorruptArtifact: a weight is missing, but for those beginning with `unused`; diffusers would draw it at random.
+    """
     torch.set_num_threads(settings.torch_threads)
-    network = kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
-    return network.to(memory_format=torch.channels_last)
+    network, found = kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(unused))
+    if missing:
+        raise CorruptArtifact(f"{folder.name} lacks {len(missing)} weights of its {kind.__name__}, among them {missing[0]}")
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class TextEncoder:
@@ -100,13 +107,18 @@ class Decoder:
         kind = bundle.read_config(folder, "vae/config.json")["_class_name"]
         if kind not in ("AutoencoderTiny", "AutoencoderKL"):
             raise InvalidRequest("vae", kind, "AutoencoderTiny or AutoencoderKL")
-        return cls(_load(getattr(diffusers, kind), folder / "vae", settings), manifest.latent_shape)
+        return cls(
+            _load(getattr(diffusers, kind), folder / "vae", settings, ("encoder.", "quant_conv.")), manifest.latent_shape
+        )
 
     @torch.inference_mode()
-    def decode(self, latent_BCHW: Array) -> Array:
-        """uint8 images, shape (B, H, W, 3), scaled and rounded as diffusers' image processor does."""
+    def paint(self, latent_BCHW: Array) -> Array:
+        """float32 images in [0, 1], shape (B, H, W, 3)."""
         latent = torch.from_numpy(np.ascontiguousarray(latent_BCHW, dtype=np.float32)) / self.network.config.scaling_factor
         image = self.network.decode(latent.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-        pixels = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8)
-        image_BHWC: Array = pixels.contiguous().numpy()
+        image_BHWC: Array = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
         return image_BHWC
+
+    def decode(self, latent_BCHW: Array) -> Array:
+        """uint8 images, shape (B, H, W, 3), scaled and rounded as diffusers' image processor does."""
+        return np.rint(self.paint(latent_BCHW) * np.float32(255)).astype(np.uint8)
