@@ -23,7 +23,7 @@ from trainer.launch import Cluster
 from trainer.recipe import DistillRecipe
 
 STEPS = 300
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass
