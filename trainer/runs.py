@@ -9,15 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sdxs import registry
+from sdxs import bundle, registry
 from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer import teacher_stages
+from trainer.artifacts import Artifacts
+from trainer.card import add_card
 from trainer.distill import Distillation, halve, ray_session, write_model_index
 from trainer.launch import Cluster
 from trainer.loop import run_local
 from trainer.progress import Bars
 from trainer.recipe import DistillRecipe, TeacherRecipe
+from trainer.scoring import evaluate_bundle
 
 
 def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int, teachers: int, gpus: float) -> None:
@@ -32,7 +35,14 @@ def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int
         cluster = Cluster(workers=workers, gpus_per_worker=gpus)
         result = Distillation(recipe, settings, cluster, bars, teachers).run(output)
     assert result.bundle is not None
-    manifest = registry.publish(result.bundle, open_store(settings))
+    store = open_store(settings)
+    artifacts = Artifacts(store, settings.cache_dir / "artifacts")
+    with console.status("evaluating") as status:
+        rows, _ = evaluate_bundle(
+            result.bundle, bundle.read(result.bundle), recipe.world, recipe.evaluation, artifacts, status.update
+        )
+    add_card(result.bundle, recipe, rows)
+    manifest = registry.publish(result.bundle, store)
     console.print(f"bundle: {output}\npublished as {manifest.digest}")
     console.print(f"point a name at it:  sdxs models promote {manifest.name} {manifest.digest}")
 

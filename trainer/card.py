@@ -1,0 +1,55 @@
+"""A bundle's card: what it is, how it scored, where it ends. Written after evaluation, then the bundle is sealed with its metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdxs import bundle
+from sdxs.bundle import Manifest
+from trainer.evaluate import Row
+from trainer.recipe import DistillRecipe
+
+CARD = """# {name}
+
+A one-step text-to-image bundle of the `{world}` world, {size:.1f} MB in float16, distilled from `{teacher}` by the recipe in `recipe.json`;
+the loss curves of every stage are in `training.txt`. It also loads in diffusers' StableDiffusionPipeline (one step, guidance 0).
+
+{table}
+
+- **Rows**: `vae` is real images through the teacher's autoencoder, the ceiling; `teacher` takes {steps} steps with guidance; `kd` is the
+  shrunk student sampled like the teacher; `naive` the same student in one step; `warmup` after feature matching; `final` is this bundle.
+- **top-1, top-5**: how often the nearest real image, in the judge's features, is the one that was asked for. **Frechet**: distance of the
+  judge's features to those of real images. Latency: one image, batch 1, one CPU thread, text embedding cached; compare the ratios.
+- **Limits**: it knows the words of its captions; other words mean nothing to it. Small details are soft.
+- **Licence**: Apache-2.0, as the artwork the teacher learnt from.
+"""
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| captions | row | top-1 | top-5 | Frechet | ms |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        top5 = "" if row.top5 is None else f"{row.top5:.1%}"
+        lines.append(f"| {row.split} | {row.row} | {row.top1:.1%} | {top5} | {row.frechet:.3f} | {row.latency_ms or ''} |")
+    return "\n".join(lines)
+
+
+def metrics(rows: list[Row]) -> dict[str, float]:
+    """The final row's scores for the manifest, by split."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row.row == "final":
+            found |= {f"{row.split}_top1": row.top1, f"{row.split}_frechet": row.frechet}
+            if row.top5 is not None:
+                found[f"{row.split}_top5"] = row.top5
+    return found
+
+
+def add_card(folder: Path, recipe: DistillRecipe, rows: list[Row]) -> Manifest:
+    """Write README.md into the bundle and seal it again, now with its metrics."""
+    sealed = bundle.read(folder)
+    size = sum(entry.size for name, entry in sealed.files.items() if name.endswith(".safetensors")) / 1e6
+    steps = recipe.evaluation.teacher_steps
+    text = CARD.format(name=recipe.name, world=recipe.world, size=size, teacher=recipe.teacher, table=table(rows), steps=steps)
+    (folder / "README.md").write_text(text, encoding="utf8")
+    return bundle.seal(folder, sealed.name, recipe_hash=sealed.recipe_hash, lineage=sealed.lineage, metrics=metrics(rows))
