@@ -221,11 +221,19 @@ def load_state(stage: Stage, path: Path) -> int:
     return int(state["step"])
 
 
+def _rewind(log: Path, step: int) -> None:
+    """Drop the lines of steps after `step`: they were lost with the process and will be taken again."""
+    if log.exists():
+        lines = log.read_text(encoding="utf8").splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf8")
+
+
 def run_local(stage: Stage, folder: Path, *, report_every: int = 20, checkpoint_every: int = 200) -> None:
     """Run a stage in this process, resuming from `folder`/state.pt; the curve goes to log.jsonl, the result to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     state, log = folder / "state.pt", folder / "log.jsonl"
     start = load_state(stage, state) if state.exists() else 0
+    _rewind(log, start)
 
     def report(step: int, metrics: Metrics) -> None:
         line = json.dumps({"step": step, **{name: round(value, 6) for name, value in metrics.items()}})

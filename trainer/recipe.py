@@ -175,5 +175,5 @@ def load(name_or_path: str) -> TeacherRecipe | DistillRecipe:
         raise InvalidRequest("recipe", str(path), f"TOML ({error})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"][1:]) or "kind"  # the first part is the kind itself
         raise InvalidRequest(f"recipe.{where}", first.get("input"), first["msg"]) from error

@@ -19,6 +19,7 @@ PER_STAGE = (
     "transformer_layers_per_block",
     "layers_per_block",
     "cross_attention_dim",
+    "only_cross_attention",
 )
 
 

@@ -19,7 +19,7 @@ def soften(image_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """Random blur (down and up again), contrast and noise, per batch element groups of a quarter."""
     parts = list(image_BCHW.chunk(4))
     size = image_BCHW.shape[-1]
-    for i, share in ((1, 0.75), (2, 0.5)):
+    for i, share in list(enumerate((0.75, 0.5), start=1))[: len(parts) - 1]:
         small = F.interpolate(parts[i], size=int(size * share), mode="bilinear", antialias=True)
         parts[i] = F.interpolate(small, size=size, mode="bilinear")
     batch = torch.cat(parts)
