@@ -50,7 +50,7 @@ def run_demo(output: Path, quick: bool) -> None:
         settings = Settings()
         with Bars(console) as bars:
             with ray_session():
-                result = Distillation(recipe, settings, Cluster(), bars).run(output / "bundle")
+                result = Distillation(recipe, settings, Cluster(), bars, pool_size=2).run(output / "bundle")
             rows, generators = _evaluate(recipe, result, settings, bars)
         manifest = registry.publish(output / "bundle", open_store(settings))
         registry.promote(manifest.name, manifest.digest, open_store(settings))

@@ -1,5 +1,6 @@
-"""A distillation from recipe to bundle: pairs, then the four stages in order, then assembly. A stage whose inputs have not changed
-is not run again: its result is found in the store by the digest of what goes into it."""
+"""A distillation from recipe to bundle: pairs, then the four stages, then assembly. Stages that do not need each other run side by
+side where the cluster has room. A stage whose inputs have not changed is not run again: its result is found in the store by the
+digest of what goes into it."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +81,7 @@ class Distillation:
         self.result = Result()
         self._pool: TeacherPool | None = None
         self._board: Any = None
+        self._starting = threading.Lock()  # stages in both lanes ask for the pool
 
     def run(self, output: Path) -> Result:
         """All stages that are not done yet, then the bundle in `output`."""
@@ -85,13 +89,36 @@ class Distillation:
         self._plan(stages)
         try:
             self._pairs()
-            for stage in stages:
-                self._stage(stage)
+            self._stages(stages)
         finally:
             if self._pool is not None:
                 self._pool.close()
+        self.result.reused.sort(key=["pairs", *stages].index)
         self._assemble(stages, output)
         return self.result
+
+    def _stages(self, stages: list[str]) -> None:
+        """Each as soon as what it needs is there and a lane is free. `stages` is in topological order, so nothing can wait for a
+        stage that has not begun."""
+        futures: dict[str, Future[None]] = {}
+
+        def run(stage: str) -> None:
+            for upstream in UPSTREAM[stage]:
+                futures[upstream].result()
+            self._stage(stage)
+
+        with ThreadPoolExecutor(self._lanes()) as lanes:
+            for stage in stages:
+                futures[stage] = lanes.submit(run, stage)
+        for future in futures.values():
+            future.result()
+
+    def _lanes(self) -> int:
+        """Two (the decoder beside the chain of U-Net stages) if workers for both and the pool fit the cluster at once, else one."""
+        total, cluster = ray.cluster_resources(), self.cluster
+        cpus = cluster.cpus_per_worker * (2 * cluster.workers + self.pool_size)
+        gpus = cluster.gpus_per_worker * 2 * cluster.workers
+        return 2 if total.get("CPU", 0) >= cpus and total.get("GPU", 0) >= gpus else 1
 
     def _plan(self, stages: list[str]) -> None:
         """Digest of every stage: its section of the recipe and whatever it reads."""
@@ -120,12 +147,13 @@ class Distillation:
     @property
     def pool(self) -> TeacherPool:
         """The teacher pool, started when the first stage has to run."""
-        if self._pool is None:
-            self._pool = TeacherPool(
-                self.folder, self.pool_size, cpus=self.cluster.cpus_per_worker, threads=self.cluster.threads
-            )
-            self._board = Board.remote()  # type: ignore[attr-defined]
-        return self._pool
+        with self._starting:
+            if self._pool is None:
+                self._board = Board.remote()  # type: ignore[attr-defined]
+                self._pool = TeacherPool(
+                    self.folder, self.pool_size, cpus=self.cluster.cpus_per_worker, threads=self.cluster.threads
+                )
+            return self._pool
 
     def _pairs(self) -> None:
         section = self.recipe.pairs
@@ -173,8 +201,7 @@ class Distillation:
         sources |= {name: self.folder / name for name in ("text_encoder", "tokenizer", "scheduler")}
         for name, source in sources.items():
             shutil.copytree(source, output / name)
-        for weights in output.rglob("*.safetensors"):
-            halve(weights)
+        slim(output)
         logs = [f"# {stage}\n" + (fetched[stage] / "log.jsonl").read_text() for stage in stages]
         (output / "training.txt").write_text("\n".join(logs))
         (output / "recipe.json").write_text(self.recipe.model_dump_json(indent=1))
@@ -188,12 +215,17 @@ class Distillation:
         self.result.bundle = output
 
 
-def halve(path: Path) -> None:
-    """Rewrite a safetensors file in float16."""
-    tensors = {
-        name: value.half().contiguous() if value.is_floating_point() else value for name, value in load_file(path).items()
-    }
-    save_file(tensors, path, {"format": "pt"})
+def slim(folder: Path) -> None:
+    """As a folder of networks ships: weights in float16, configurations without the path they were once loaded from."""
+    for path in folder.rglob("*.safetensors"):
+        tensors = {
+            name: value.half().contiguous() if value.is_floating_point() else value for name, value in load_file(path).items()
+        }
+        save_file(tensors, path, {"format": "pt"})
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_model_index(folder: Path) -> None:
@@ -216,7 +248,10 @@ def write_model_index(folder: Path) -> None:
 
 @contextmanager
 def ray_session(cpus: int | None = None) -> Iterator[None]:
-    """A Ray cluster for this process: the one RAY_ADDRESS names, else a local one that ends with it."""
+    """A Ray cluster for this process: the one RAY_ADDRESS names, else a local one that ends with it.
+
+    A local one offers at least four slots: workers and teachers are one thread each and take turns, so two cores stay busy with four.
+    """
     import os
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # the default, 15, starves training beside anything else
@@ -224,8 +259,9 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "token")
     started = not ray.is_initialized()
     if started:
+        slots = None if "RAY_ADDRESS" in os.environ else cpus or max(4, os.cpu_count() or 1)
         ray.init(
-            num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False
+            num_cpus=slots, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False
         )
     try:
         yield

@@ -15,7 +15,7 @@ from sdxs.store import open_store
 from trainer import teacher_stages
 from trainer.artifacts import Artifacts
 from trainer.card import add_card
-from trainer.distill import Distillation, halve, ray_session, write_model_index
+from trainer.distill import Distillation, ray_session, slim, write_model_index
 from trainer.launch import Cluster
 from trainer.loop import run_local
 from trainer.progress import Bars
@@ -84,8 +84,7 @@ def package_teacher(recipe: TeacherRecipe, run: Path, target: Path) -> None:
     """The finished teacher as it ships: float16 weights, recipe, loss curves and card, loadable by StableDiffusionPipeline."""
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(run / name, target / name, dirs_exist_ok=True)
-    for weights in target.rglob("*.safetensors"):
-        halve(weights)
+    slim(target)
     write_model_index(target)
     (target / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n")
     curves = []

@@ -71,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, s3_variables: dict[str, s
             patch.setenv(name, value)
         settings, saboteur = Settings(), Saboteur()
         cluster = Cluster(checkpoint_every=50)
-        with ray_session(4):
+        with ray_session():
             saboteur.distillation = Distillation(recipe, settings, cluster, saboteur)
             first = saboteur.distillation.run(folder / "bundle")
             second = Distillation(recipe, settings, cluster, saboteur).run(folder / "again")
