@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from sdxs.bundle import Manifest
 from trainer.artifacts import Artifacts
 from trainer.distill import ASSETS, teacher_folder
 from trainer.evaluate import Generate, Generators, Row, score_rows
 from trainer.judge import Judge, JudgeNet
 from trainer.recipe import EvaluationSection
-from trainer.teacher import Teacher
+from trainer.teacher import Teacher, hush
 from trainer.worlds.base import get_world
 
 
@@ -51,7 +53,9 @@ def evaluate_bundle(
     artifacts: Artifacts,
     progress: Callable[[str], None],
 ) -> tuple[list[Row], dict[str, Generate]]:
-    """Score a bundle beside its teacher; also returns the generators, for pictures."""
+    """Score a bundle beside its teacher; also returns the generators, for pictures. Sets this process to one thread, as served."""
+    torch.set_num_threads(1)
+    hush()
     teacher = Teacher(teacher_folder(manifest.lineage["teacher"]))
     folders = students(bundle, manifest.lineage, artifacts)
     rows = generators(teacher, bundle, folders, evaluation)

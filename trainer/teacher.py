@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers.utils.logging
 import numpy as np
 import torch
+import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -66,6 +68,12 @@ class TeacherClient(Protocol):
     def submit(self, request: Request) -> Pending:
         """Send a request without waiting."""
         ...
+
+
+def hush() -> None:
+    """No bars for loading weights that take milliseconds, no advice on configurations that diffusers wrote itself."""
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_frozen(kind: Any, folder: Path) -> Any:

@@ -15,7 +15,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int, max_tokens: int) -> CLIPTokenizer:
-    """Learn at most `vocabulary` tokens and save them under `folder`. `max_tokens` counts the start and end tokens."""
+    """Learn at most `vocabulary` tokens and save them under `folder`, or load what is there already: among pairs of equal count the
+    learner's choice is not repeatable, and a resumed run must spell as it did. `max_tokens` counts the start and end tokens."""
+    if (folder / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     alphabet = [*"abcdefghijklmnopqrstuvwxyz0123456789-"]
