@@ -60,7 +60,7 @@ def evaluate_model(
     """
     from trainer.artifacts import Artifacts
     from trainer.recipe import DistillRecipe
-    from trainer.scoring import evaluate_bundle
+    from trainer.scoring import compare
 
     settings = Settings()
     folder, manifest = registry.open_model(model, settings)
@@ -74,7 +74,8 @@ def evaluate_model(
     artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
     console = Console(stderr=True)
     with console.status("scoring") as status:
-        rows, _ = evaluate_bundle(folder, manifest, recipe.world, evaluation, artifacts, status.update)
+        comparison = compare(folder, manifest, recipe.world, evaluation, artifacts)
+        rows = comparison.timed(comparison.scores(status.update))
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in rows]))
         return

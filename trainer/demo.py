@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,14 @@ from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer import recipe as recipes
 from trainer.artifacts import Artifacts
-from trainer.distill import Distillation, Result, ray_session
+from trainer.distill import Distillation, Result
 from trainer.evaluate import Generate, Row
 from trainer.launch import Cluster
 from trainer.progress import Bars
 from trainer.recipe import DistillRecipe
 from trainer.report import contact_sheet, write_report
-from trainer.scoring import evaluate_bundle
+from trainer.scoring import Comparison, compare
+from trainer.session import ray_session
 
 PROMPTS = [
     "red apple", "pizza", "smiling face with sunglasses", "red heart", "blue heart", "penguin", "tropical fish", "rose",
@@ -50,46 +52,69 @@ def run_demo(output: Path, quick: bool) -> None:
         settings = Settings()
         with Bars(console) as bars:
             with ray_session():
-                result = Distillation(recipe, settings, Cluster(), bars, pool_size=2).run(output / "bundle")
-            rows, generators = _evaluate(recipe, result, settings, bars)
-        manifest = registry.publish(output / "bundle", open_store(settings))
-        registry.promote(manifest.name, manifest.digest, open_store(settings))
-        console.print(f"published {manifest.name}@prod = {manifest.digest[:19]}")
-        with _server(f"{manifest.name}@prod", output / "serve.log", console) as address:
-            served = _ask(address, manifest.name, output)
-        _report(output, recipe, result, settings, rows, generators, served)
+                result = Distillation(recipe, settings, Cluster(), bars, pool_size=1 if quick else 2).run(output / "bundle")
+            manifest = registry.publish(output / "bundle", open_store(settings))
+            registry.promote(manifest.name, manifest.digest, open_store(settings))
+            console.print(f"published {manifest.name}@prod = {manifest.digest[:19]}")
+            with _server(f"{manifest.name}@prod", output / "serve.log") as server:
+                comparison, rows = _evaluate(recipe, result, settings, bars)  # while the replicas start
+                server.wait()
+                console.print(f"serving on {server.address}")
+                served = _ask(server.address, manifest.name, output)
+            rows = comparison.timed(rows)
+        _report(output, recipe, result, settings, rows, comparison.generators, served)
     _closing_words(console, output, rows, time.perf_counter() - start)
 
 
-def _evaluate(recipe: DistillRecipe, result: Result, settings: Settings, bars: Bars) -> tuple[list[Row], dict[str, Generate]]:
+def _evaluate(recipe: DistillRecipe, result: Result, settings: Settings, bars: Bars) -> tuple[Comparison, list[Row]]:
     assert result.bundle is not None
-    artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
     began = time.perf_counter()
-    total = 12
+    artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
+    comparison = compare(result.bundle, bundle.read(result.bundle), recipe.world, recipe.evaluation, artifacts)
+    total = 2 * (len(comparison.generators) + 1)
     seen: list[str] = []
 
-    def progress(_text: str) -> None:
-        seen.append(_text)
+    def progress(text: str) -> None:
         bars("evaluation", len(seen), total, {})
+        seen.append(text)
 
-    manifest = bundle.read(result.bundle)
-    rows, generators = evaluate_bundle(result.bundle, manifest, recipe.world, recipe.evaluation, artifacts, progress)
+    rows = comparison.scores(progress)
+    bars("evaluation", total, total, {})
     result.seconds["evaluation"] = round(time.perf_counter() - began, 1)
-    return rows, generators
+    return comparison, rows
+
+
+@dataclass(frozen=True)
+class _Server:
+    """`sdxs serve` in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+    def wait(self) -> None:
+        """Until it serves. Raises Unavailable, with the end of its log."""
+        deadline = time.monotonic() + SERVE_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with Client(self.address) as client:
+                    if client.list_models():
+                        return
+            except SdxsError:
+                time.sleep(0.5)
+        end = self.log.read_text(errors="replace")[-1500:]
+        raise Unavailable(f"`sdxs serve` did not come up; its log {self.log} ends:\n{end}")
 
 
 @contextmanager
-def _server(model: str, log: Path, console: Console) -> Iterator[str]:
-    """`sdxs serve` in its own process on a free port; ended by its id."""
+def _server(model: str, log: Path) -> Iterator[_Server]:
+    """A server for `model` on a free port, starting; ended by its process id."""
     port = embedded.free_port()
     command = [sys.executable, "-c", "from sdxs.cli import main; main()", "serve", "--model", model, "--port", str(port)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     try:
-        with console.status("starting the replicas on Ray Serve"):
-            _wait_until_serving(process, f"127.0.0.1:{port}", log)
-        console.print(f"serving on 127.0.0.1:{port}")
-        yield f"127.0.0.1:{port}"
+        yield _Server(process, f"127.0.0.1:{port}", log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -97,18 +122,6 @@ def _server(model: str, log: Path, console: Console) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _wait_until_serving(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    deadline = time.monotonic() + SERVE_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with Client(address) as client:
-                if client.list_models():
-                    return
-        except SdxsError:
-            time.sleep(0.5)
-    raise Unavailable(f"`sdxs serve` did not come up; its log {log} ends:\n{log.read_text(errors='replace')[-1500:]}")
 
 
 def _ask(address: str, model: str, output: Path) -> np.ndarray:

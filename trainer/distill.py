@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import tempfile
 import threading
@@ -26,7 +25,8 @@ from sdxs.errors import NotFound
 from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer.artifacts import Artifacts
-from trainer.launch import Board, Cluster, StageJob, run_stage
+from trainer.board import Board
+from trainer.launch import Cluster, StageJob, run_stage
 from trainer.pairs import draw_pairs
 from trainer.pool import TeacherPool
 from trainer.recipe import DistillRecipe, digest
@@ -244,27 +244,3 @@ def write_model_index(folder: Path) -> None:
         "requires_safety_checker": False,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-
-
-@contextmanager
-def ray_session(cpus: int | None = None) -> Iterator[None]:
-    """A Ray cluster for this process: the one RAY_ADDRESS names, else a local one that ends with it.
-
-    A local one offers at least four slots: workers and teachers are one thread each and take turns, so two cores stay busy with four.
-    """
-    import os
-
-    os.environ.setdefault("RAY_worker_niceness", "0")  # the default, 15, starves training beside anything else
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "token")
-    started = not ray.is_initialized()
-    if started:
-        slots = None if "RAY_ADDRESS" in os.environ else cpus or max(4, os.cpu_count() or 1)
-        ray.init(
-            num_cpus=slots, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False
-        )
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()

@@ -144,8 +144,7 @@ def score_rows(
     evaluation: EvaluationSection,
     progress: Callable[[str], None],
 ) -> list[Row]:
-    """All rows for both splits, the autoencoder's ("vae") first."""
-    latencies: dict[str, float | None] = {"vae": None}
+    """All rows for both splits, the autoencoder's ("vae") first; without latencies."""
     rows: list[Row] = []
     for split, count in (("train", evaluation.train_images), ("heldout", evaluation.heldout_images)):
         captions = choose_captions(judge, split, count)
@@ -156,13 +155,11 @@ def score_rows(
                 if name == "vae"
                 else in_batches(generators[name], captions)
             )
-            if name not in latencies:
-                latencies[name] = latency_ms(generators[name], captions[0], 5 if name in ("teacher", "kd") else 30)
-            rows.append(_row(judge, split, name, images, captions, latencies[name]))
+            rows.append(_row(judge, split, name, images, captions))
     return rows
 
 
-def _row(judge: Judge, split: str, name: str, images: Images, captions: list[str], latency: float | None) -> Row:
+def _row(judge: Judge, split: str, name: str, images: Images, captions: list[str]) -> Row:
     scores = judge.score(images, captions)
     top5 = None if scores.top5 is None else round(scores.top5, 4)
-    return Row(judge.world.name, split, name, round(scores.top1, 4), top5, round(scores.frechet, 4), latency, len(captions))
+    return Row(judge.world.name, split, name, round(scores.top1, 4), top5, round(scores.frechet, 4), None, len(captions))

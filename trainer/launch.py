@@ -18,20 +18,6 @@ from trainer.pool import PoolClient
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    """Where workers pin their latest metrics, for whoever watches the run."""
-
-    def __init__(self) -> None:
-        self.latest: dict[str, tuple[int, int, dict[str, float]]] = {}
-
-    def pin(self, stage: str, step: int, steps: int, metrics: dict[str, float]) -> None:
-        self.latest[stage] = (step, steps, metrics)
-
-    def read(self) -> dict[str, tuple[int, int, dict[str, float]]]:
-        return self.latest
-
-
 @dataclass(frozen=True)
 class Cluster:
     """How many training workers and what each gets; the science is in the recipe."""

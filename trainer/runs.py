@@ -15,12 +15,13 @@ from sdxs.store import open_store
 from trainer import teacher_stages
 from trainer.artifacts import Artifacts
 from trainer.card import add_card
-from trainer.distill import Distillation, ray_session, slim, write_model_index
+from trainer.distill import Distillation, slim, write_model_index
 from trainer.launch import Cluster
 from trainer.loop import run_local
 from trainer.progress import Bars
 from trainer.recipe import DistillRecipe, TeacherRecipe
-from trainer.scoring import evaluate_bundle
+from trainer.scoring import compare
+from trainer.session import ray_session
 
 
 def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int, teachers: int, gpus: float) -> None:
@@ -38,9 +39,9 @@ def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int
     store = open_store(settings)
     artifacts = Artifacts(store, settings.cache_dir / "artifacts")
     with console.status("evaluating") as status:
-        rows, _ = evaluate_bundle(
-            result.bundle, bundle.read(result.bundle), recipe.world, recipe.evaluation, artifacts, status.update
-        )
+        manifest = bundle.read(result.bundle)
+        comparison = compare(result.bundle, manifest, recipe.world, recipe.evaluation, artifacts)
+        rows = comparison.timed(comparison.scores(status.update))
     add_card(result.bundle, recipe, rows)
     manifest = registry.publish(result.bundle, store)
     console.print(f"bundle: {output}\npublished as {manifest.digest}")

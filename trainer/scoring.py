@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from sdxs.bundle import Manifest
 from trainer.artifacts import Artifacts
 from trainer.distill import ASSETS, teacher_folder
-from trainer.evaluate import Generate, Generators, Row, score_rows
+from trainer.evaluate import Generate, Generators, Row, latency_ms, score_rows
 from trainer.judge import Judge, JudgeNet
 from trainer.recipe import EvaluationSection
 from trainer.teacher import Teacher, hush
 from trainer.worlds.base import get_world
+
+REPEATS, SLOW_REPEATS = 30, 5  # timed images of one step, and of a whole multi-step run
 
 
 def embedded_judge(world: str) -> Judge:
@@ -32,9 +35,33 @@ def students(bundle: Path, lineage: dict[str, str], artifacts: Artifacts) -> dic
     return {**folders, "final": bundle}
 
 
-def generators(teacher: Teacher, bundle: Path, folders: dict[str, Path], evaluation: EvaluationSection) -> dict[str, Generate]:
-    """The compared ways to make an image, in the order of the report."""
-    made = Generators(teacher, bundle, evaluation)
+@dataclass(frozen=True)
+class Comparison:
+    """A bundle beside its teacher: the ways to make an image that are compared, in the order of the report."""
+
+    judge: Judge
+    teacher: Teacher
+    generators: dict[str, Generate]
+    evaluation: EvaluationSection
+
+    def scores(self, progress: Callable[[str], None]) -> list[Row]:
+        """How good the images are; without latencies."""
+        return score_rows(self.judge, self.teacher, self.generators, self.evaluation, progress)
+
+    def timed(self, rows: list[Row]) -> list[Row]:
+        """The same rows with latencies; measured apart from the scores, when the machine is quiet."""
+        caption = self.judge.world.captions("train")[0]
+        repeats = {name: SLOW_REPEATS if name in ("teacher", "kd") else REPEATS for name in self.generators}
+        latencies = {name: latency_ms(make, caption, repeats[name]) for name, make in self.generators.items()}
+        return [replace(row, latency_ms=latencies.get(row.row)) for row in rows]
+
+
+def compare(bundle: Path, manifest: Manifest, world: str, evaluation: EvaluationSection, artifacts: Artifacts) -> Comparison:
+    """The teacher, the student after each stage that the store still has, and the bundle. Sets this process to one thread, as served."""
+    torch.set_num_threads(1)
+    hush()
+    teacher = Teacher(teacher_folder(manifest.lineage["teacher"]))
+    made, folders = Generators(teacher, bundle, evaluation), students(bundle, manifest.lineage, artifacts)
     rows: dict[str, Generate] = {"teacher": made.multi_step_teacher()}
     if "kd" in folders:
         rows["kd"] = made.multi_step_student(folders["kd"])
@@ -42,21 +69,4 @@ def generators(teacher: Teacher, bundle: Path, folders: dict[str, Path], evaluat
     if "warmup" in folders:
         rows["warmup"] = made.one_step(folders["warmup"])
     rows["final"] = made.one_step(folders["final"])
-    return rows
-
-
-def evaluate_bundle(
-    bundle: Path,
-    manifest: Manifest,
-    world: str,
-    evaluation: EvaluationSection,
-    artifacts: Artifacts,
-    progress: Callable[[str], None],
-) -> tuple[list[Row], dict[str, Generate]]:
-    """Score a bundle beside its teacher; also returns the generators, for pictures. Sets this process to one thread, as served."""
-    torch.set_num_threads(1)
-    hush()
-    teacher = Teacher(teacher_folder(manifest.lineage["teacher"]))
-    folders = students(bundle, manifest.lineage, artifacts)
-    rows = generators(teacher, bundle, folders, evaluation)
-    return score_rows(embedded_judge(world), teacher, rows, evaluation, progress), rows
+    return Comparison(embedded_judge(world), teacher, rows, evaluation)

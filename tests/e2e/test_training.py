@@ -18,9 +18,10 @@ from sdxs.settings import Settings
 from sdxs.store import open_store
 from tests.models import tiny_recipe, tiny_teacher
 from trainer.artifacts import Artifacts
-from trainer.distill import Distillation, Result, ray_session
+from trainer.distill import Distillation, Result
 from trainer.launch import Cluster
 from trainer.recipe import DistillRecipe
+from trainer.session import ray_session
 
 STEPS = 300
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
