@@ -144,7 +144,7 @@ def _report(  # noqa: PLR0913
     columns = {name: make(PROMPTS, [SEED] * len(PROMPTS)) for name, make in generators.items() if name != "final"}
     sheet = contact_sheet({**columns, "final": served}, PROMPTS)
     artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
-    stages = [stage for stage in result.digests if stage != "pairs"]
+    stages = [stage for stage in result.digests if stage not in ("pairs", "compositions")]
     logs = {stage: artifacts.fetch(stage, result.digests[stage]) / "log.jsonl" for stage in stages}
     summary = (
         f"recipe {recipe.name}, digest {recipes.digest(recipe)}; a short run: its pictures are worse than the shipped bundle's"

@@ -27,13 +27,19 @@ from sdxs.store import open_store
 from trainer.artifacts import Artifacts
 from trainer.board import Board
 from trainer.launch import Cluster, StageJob, run_stage
-from trainer.pairs import draw_pairs
+from trainer.pairs import draw_pairs, recombine
 from trainer.pool import TeacherPool
-from trainer.recipe import DistillRecipe, digest
+from trainer.recipe import DistillRecipe, PairsSection, digest
 from trainer.worlds.base import get_world
 
 ASSETS = Path(__file__).parent / "assets"
-UPSTREAM = {"decoder": (), "unet": (), "warmup": ("unet",), "diff_instruct": ("warmup",)}
+# What each stage reads. Drawn samples come first; compositions only if the recipe has them.
+UPSTREAM = {
+    "decoder": ("pairs",),
+    "unet": ("pairs", "compositions"),
+    "warmup": ("pairs", "compositions", "unet"),
+    "diff_instruct": ("pairs", "compositions", "warmup"),
+}
 REVISION = 1  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
 
 # What a watcher is told: stage, steps done, steps in all, latest metrics.
@@ -76,7 +82,7 @@ class Distillation:
 
     def __init__(self, recipe: DistillRecipe, settings: Settings, cluster: Cluster, watch: Watch, pool_size: int = 1) -> None:
         self.recipe, self.settings, self.cluster, self.watch, self.pool_size = recipe, settings, cluster, watch, pool_size
-        self.folder = teacher_folder(recipe.teacher)
+        self.folder, self.world = teacher_folder(recipe.teacher), get_world(recipe.world)
         self.artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
         self.result = Result()
         self._pool: TeacherPool | None = None
@@ -88,12 +94,13 @@ class Distillation:
         stages = ["decoder", "unet", "warmup", *(["diff_instruct"] if self.recipe.diff_instruct else [])]
         self._plan(stages)
         try:
-            self._pairs()
+            for name in self._samples():
+                self._draw(name)
             self._stages(stages)
         finally:
             if self._pool is not None:
                 self._pool.close()
-        self.result.reused.sort(key=["pairs", *stages].index)
+        self.result.reused.sort(key=[*self._samples(), *stages].index)
         self._assemble(stages, output)
         return self.result
 
@@ -104,7 +111,8 @@ class Distillation:
 
         def run(stage: str) -> None:
             for upstream in UPSTREAM[stage]:
-                futures[upstream].result()
+                if upstream in futures:
+                    futures[upstream].result()
             self._stage(stage)
 
         with ThreadPoolExecutor(self._lanes()) as lanes:
@@ -123,13 +131,22 @@ class Distillation:
     def _plan(self, stages: list[str]) -> None:
         """Digest of every stage: its section of the recipe and whatever it reads."""
         teacher = folder_digest(self.folder)
-        captions = get_world(self.recipe.world).captions("train")
+        captions = self.world.captions("train")
         common = {"revision": REVISION, "teacher": teacher, "captions": digest(captions), "seed": self.recipe.seed}
-        self.result.digests["pairs"] = digest([common, self.recipe.pairs.model_dump(mode="json")])
+        for name, section in self._samples().items():
+            self.result.digests[name] = digest([common, section.model_dump(mode="json"), *([name] if name != "pairs" else [])])
         for stage in stages:
             section = getattr(self.recipe, stage).model_dump(mode="json")
-            upstream = [self.result.digests[name] for name in ("pairs", *UPSTREAM[stage])]
-            self.result.digests[stage] = digest([common, section, upstream, self.cluster.workers])
+            self.result.digests[stage] = digest([common, section, list(self._inputs(stage).values()), self.cluster.workers])
+
+    def _samples(self) -> dict[str, PairsSection]:
+        """What is drawn from the teacher before any stage."""
+        compositions = self.recipe.compositions
+        return {"pairs": self.recipe.pairs} | ({"compositions": compositions} if compositions else {})
+
+    def _inputs(self, stage: str) -> dict[str, str]:
+        """Digests of what a stage reads."""
+        return {name: self.result.digests[name] for name in UPSTREAM[stage] if name in self.result.digests}
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[bool]:
@@ -155,23 +172,27 @@ class Distillation:
                 )
             return self._pool
 
-    def _pairs(self) -> None:
-        section = self.recipe.pairs
-        with self._timed("pairs") as needed:
+    def _draw(self, name: str) -> None:
+        section = self._samples()[name]
+        seed = self.recipe.seed + (1 if name == "pairs" else 2)
+        captions = self.world.captions("train")
+        if name == "compositions":
+            captions = recombine(captions, set(self.world.captions("heldout")), section.count, seed)
+        with self._timed(name) as needed:
             if not needed:
                 return
             config = json.loads((self.folder / "unet" / "config.json").read_text())
             pairs = draw_pairs(
                 self.pool.client(),
-                get_world(self.recipe.world).captions("train"),
+                captions,
                 section,
                 (config["in_channels"], config["sample_size"], config["sample_size"]),
-                self.recipe.seed + 1,
-                lambda done: self.watch("pairs", done, section.count, {}),
+                seed,
+                lambda done: self.watch(name, done, section.count, {}),
             )
             with tempfile.TemporaryDirectory() as scratch:
                 pairs.save(Path(scratch) / "pairs.safetensors")
-                self.artifacts.save("pairs", self.result.digests["pairs"], Path(scratch), {"count": section.count})
+                self.artifacts.save(name, self.result.digests[name], Path(scratch), {"count": section.count})
 
     def _stage(self, stage: str) -> None:
         digests = self.result.digests
@@ -184,7 +205,7 @@ class Distillation:
                     teacher_folder=str(self.folder),
                     settings=self.settings.environment(),
                     cache=str(self.artifacts.cache),
-                    inputs={name: digests[name] for name in ("pairs", *UPSTREAM[stage])},
+                    inputs=self._inputs(stage),
                     client=self.pool.client(),
                     board=self._board,
                     cluster=self.cluster,

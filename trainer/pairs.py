@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdxs.errors import InvalidRequest
 from sdxs.noise import latent_noise
 from trainer.recipe import PairsSection
 from trainer.teacher import Pending, Sample, TeacherClient
@@ -38,6 +39,13 @@ class Pairs:
         metadata = {"captions": "\n".join(self.captions)}
         save_file({"latent": self.latent_NCHW.contiguous(), "seed": self.seed_N}, path, metadata)
 
+    def __add__(self, other: Pairs) -> Pairs:
+        return Pairs(
+            torch.cat([self.latent_NCHW, other.latent_NCHW]),
+            torch.cat([self.seed_N, other.seed_N]),
+            self.captions + other.captions,
+        )
+
     @classmethod
     def load(cls, path: Path) -> Pairs:
         from safetensors import safe_open
@@ -46,6 +54,32 @@ class Pairs:
         with safe_open(path, framework="pt") as file:
             captions = file.metadata()["captions"].split("\n")
         return cls(tensors["latent"], tensors["seed"], captions)
+
+
+def recombine(captions: list[str], avoid: set[str], count: int, seed: int) -> list[str]:
+    """Up to `count` new prompts: the beginning of one caption and the end of another that shares a word with it, no longer than the longer
+    of the two ("thumbs up dark skin tone" and "woman pilot light skin tone" give "thumbs pilot light skin tone"). None of `captions` or
+    `avoid`, none twice. A student that has seen only whole captions composes their words worse than its teacher does; the
+    teacher answers anything.
+
+    Raises:
+        InvalidRequest: no two captions can be recombined.
+    """
+    rng, words = np.random.default_rng(seed), [caption.split() for caption in captions]
+    known, made = avoid | set(captions), dict[str, None]()
+    for i, j in rng.integers(len(words), size=(200 * count, 2)):
+        first, second = words[i], words[j]
+        if i == j or set(first).isdisjoint(second):
+            continue
+        mixed = first[: rng.integers(1, len(first) + 1)] + second[rng.integers(len(second)) :]
+        prompt = " ".join(mixed)
+        if len(mixed) <= max(len(first), len(second)) and prompt not in known:
+            made[prompt] = None
+        if len(made) == count:
+            break
+    if not made:
+        raise InvalidRequest("compositions", len(captions), "a list with captions that share words")
+    return list(made)
 
 
 def draw_pairs(

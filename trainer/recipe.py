@@ -133,6 +133,7 @@ class DistillRecipe(Section):
     teacher: str
     seed: int = 0
     pairs: PairsSection
+    compositions: PairsSection | None = None  # samples of recombined captions too, for the U-Net
     decoder: DecoderSection
     unet: ShrinkSection
     warmup: WarmupSection

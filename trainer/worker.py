@@ -6,6 +6,8 @@ import json
 import os
 import tempfile
 import time
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import ray.train
@@ -48,11 +50,12 @@ def work(job: StageJob) -> None:
 def build_stage(job: StageJob, artifacts: Artifacts, rank: int) -> loop.Stage:
     """The stage with its inputs fetched from the store."""
     inputs = {name: artifacts.fetch(name, digest) for name, digest in job.inputs.items()}
+    drawn = [Pairs.load(inputs[name] / "pairs.safetensors") for name in ("pairs", "compositions") if name in inputs]
     context = StageContext(
         recipe=DistillRecipe(**job.recipe),
         teacher_folder=Path(job.teacher_folder),
         teacher=job.client,
-        pairs=Pairs.load(inputs["pairs"] / "pairs.safetensors"),
+        pairs=reduce(add, drawn),
         inputs=inputs,
         rank=rank,
     )
