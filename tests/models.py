@@ -93,6 +93,7 @@ def tiny_recipe(teacher: Path, steps: int = 4) -> dict[str, Any]:
     return {
         "kind": "distill", "name": "tiny", "world": "scenes", "teacher": str(teacher),
         "pairs": {"count": 16, "steps": 3, "guidance": 2.0, "solver": "dpm"},
+        "compositions": {"count": 16, "steps": 3, "guidance": 2.0, "solver": "dpm"},
         "decoder": {**size, "config": tiny_vae, "gan_weight": 0.01, "pixel_weight": 1.0, "encoder_weight": 0.1},
         "unet": {**size, "ema": 0.9}, "warmup": {**size, **weights},
         "diff_instruct": {**size, "online_lr": 1e-4, **weights},

@@ -92,7 +92,7 @@ class Distillation:
     def run(self, output: Path) -> Result:
         """All stages that are not done yet, then the bundle in `output`."""
         stages = ["decoder", "unet", "warmup", *(["diff_instruct"] if self.recipe.diff_instruct else [])]
-        self._plan(stages)
+        self.plan(stages)
         try:
             for name in self._samples():
                 self._draw(name)
@@ -128,7 +128,7 @@ class Distillation:
         gpus = cluster.gpus_per_worker * 2 * cluster.workers
         return 2 if total.get("CPU", 0) >= cpus and total.get("GPU", 0) >= gpus else 1
 
-    def _plan(self, stages: list[str]) -> None:
+    def plan(self, stages: list[str]) -> dict[str, str]:
         """Digest of every stage: its section of the recipe and whatever it reads."""
         teacher = folder_digest(self.folder)
         captions = self.world.captions("train")
@@ -138,6 +138,7 @@ class Distillation:
         for stage in stages:
             section = getattr(self.recipe, stage).model_dump(mode="json")
             self.result.digests[stage] = digest([common, section, list(self._inputs(stage).values()), self.cluster.workers])
+        return self.result.digests
 
     def _samples(self) -> dict[str, PairsSection]:
         """What is drawn from the teacher before any stage."""

@@ -82,7 +82,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, s3_variables: dict[str, s
 
 def test_survives_the_death_of_a_worker_and_of_a_teacher(finished: Run) -> None:
     assert set(finished.killed) == {"worker", "teacher"}
-    assert set(finished.first.seconds) == {"pairs", "decoder", "unet", "warmup", "diff_instruct"}
+    assert set(finished.first.seconds) == {"pairs", "compositions", "decoder", "unet", "warmup", "diff_instruct"}
     assert finished.first.reused == []
 
 
@@ -95,7 +95,7 @@ def test_the_curve_after_a_kill_has_every_step_once(finished: Run) -> None:
 
 
 def test_a_second_run_reuses_every_stage_and_seals_the_same_bundle(finished: Run) -> None:
-    assert finished.second.reused == ["pairs", "decoder", "unet", "warmup", "diff_instruct"]
+    assert finished.second.reused == ["pairs", "compositions", "decoder", "unet", "warmup", "diff_instruct"]
     assert read(finished.folder / "again").digest == read(finished.folder / "bundle").digest
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sdxs.errors import InvalidRequest
 from sdxs.noise import latent_noise
 from tests.models import tiny_teacher
 from trainer import pairs as module
 from trainer.diffusion import sample
-from trainer.pairs import Pairs, draw_pairs
+from trainer.pairs import Pairs, draw_pairs, recombine
 from trainer.recipe import PairsSection
 from trainer.teacher import InProcessTeacher, Teacher
 
@@ -95,3 +98,36 @@ def test_a_batch_hands_out_each_rows_own_noise_latent_and_caption(teacher: Teach
         assert pairs.captions[row] == text
         np.testing.assert_array_equal(one_noise.numpy(), latent_noise(int(pairs.seed_N[row]), SHAPE))
     assert seen == set(range(11))
+
+
+def test_added_pairs_keep_their_rows(teacher: Teacher) -> None:
+    first, second = drawn(teacher), drawn(teacher, seed=4)
+    both = first + second
+    assert both.captions == first.captions + second.captions
+    assert torch.equal(both.seed_N[11:], second.seed_N)
+    assert torch.equal(both.latent_NCHW[:11], first.latent_NCHW)
+
+
+WORDS = st.sampled_from(["red", "blue", "heart", "apple", "pie"])
+CAPTION_LISTS = st.lists(st.lists(WORDS, min_size=1, max_size=4).map(" ".join), min_size=2, max_size=12, unique=True)
+
+
+@given(captions=CAPTION_LISTS, held_out=CAPTION_LISTS, seed=st.integers(0, 99))
+def test_recombined_prompts_are_new_and_made_of_two_captions(captions: list[str], held_out: list[str], seed: int) -> None:
+    try:
+        prompts = recombine(captions, set(held_out), 20, seed)
+    except InvalidRequest:
+        return
+    assert prompts == recombine(captions, set(held_out), 20, seed)
+    assert len(set(prompts)) == len(prompts) <= 20
+    assert not set(prompts) & (set(captions) | set(held_out))
+    begins = {tuple(c.split()[:k]) for c in captions for k in range(1, 5)}
+    ends = {tuple(c.split()[k:]) for c in captions for k in range(4)}
+    for words in (tuple(prompt.split()) for prompt in prompts):
+        assert any(words[:k] in begins and words[k:] in ends for k in range(1, len(words)))
+        assert len(words) <= max(len(c.split()) for c in captions)
+
+
+def test_captions_without_a_word_in_common_cannot_be_recombined() -> None:
+    with pytest.raises(InvalidRequest, match="share words"):
+        recombine(["red apple", "blue heart"], set(), 4, 0)
