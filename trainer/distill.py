@@ -232,7 +232,7 @@ class Distillation:
             output,
             self.recipe.name,
             recipe_hash=digest(self.recipe),
-            lineage={"teacher": self.recipe.teacher, **{stage: digests[stage] for stage in stages}},
+            lineage={"teacher": self.recipe.teacher, **digests},
         )
         self.result.bundle = output
 
