@@ -21,7 +21,7 @@ the loss curves of every stage are in `training.txt`. It also loads in diffusers
 - **top-1, top-5**: how often the nearest real image, in the judge's features, is the one that was asked for. **Frechet**: distance of the
   judge's features to those of real images. Latency: one image, batch 1, one CPU thread, text embedding cached; compare the ratios.
 - **Limits**: it knows the words of its captions; other words mean nothing to it. Small details are soft.
-- **Licence**: Apache-2.0, as the artwork the teacher learnt from.
+- **Licence**: Apache-2.0, as what the teacher learnt from.
 """
 
 

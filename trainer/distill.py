@@ -68,10 +68,10 @@ def teacher_folder(teacher: str) -> Path:
     return folder.resolve()
 
 
-def folder_digest(folder: Path) -> str:
-    """Digest of all file contents below a folder."""
+def teacher_digest(folder: Path) -> str:
+    """Digest of a teacher's networks, tokenizer and scheduler; its card and logs, which lie beside their folders, do not count."""
     parts = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.glob("*/**/*") if p.is_file()):
         with path.open("rb") as file:
             parts.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
     return digest(parts)
@@ -130,7 +130,7 @@ class Distillation:
 
     def plan(self, stages: list[str]) -> dict[str, str]:
         """Digest of every stage: its section of the recipe and whatever it reads."""
-        teacher = folder_digest(self.folder)
+        teacher = teacher_digest(self.folder)
         captions = self.world.captions("train")
         common = {"revision": REVISION, "teacher": teacher, "captions": digest(captions), "seed": self.recipe.seed}
         for name, section in self._samples().items():

@@ -71,13 +71,21 @@ a teacher for the demo and the tests, not a product.
 - **Data**: {data}
 - **Networks**: {parameters}
 - **Training**: `sdxs train {name}`; the recipe is `recipe.json`, the loss curves `training.jsonl`.
-- **Limits**: it knows its captions and recombines their words (skin tone, colour, profession); other words are spelt letter by letter
-  and mean nothing to it. Small details (faces of people, lettering) are soft.
-- **Licence**: Apache-2.0, as the artwork it learnt from; see NOTICE.
+- **Limits**: it knows its captions and recombines their words; other words are spelt letter by letter and mean nothing to it.
+  {limits}
+- **Licence**: {licence}
 """
-DATA = {
-    "emoji": "848 Noto Color Emoji renders, 64x64 pixels, under their Unicode names; 85 compositions held out of training.",
-    "scenes": "720 captions of one coloured shape, drawn by code, 32x32 pixels; 72 held out of training.",
+WORLDS = {
+    "emoji": {
+        "data": "848 Noto Color Emoji renders, 64x64 pixels, under their Unicode names; 85 compositions held out of training.",
+        "limits": "Small details (faces of people, lettering) are soft.",
+        "licence": "Apache-2.0, as the artwork it learnt from; see NOTICE.",
+    },
+    "scenes": {
+        "data": "720 captions of one coloured shape, drawn by code, 32x32 pixels; 72 held out of training.",
+        "limits": "Small shapes are soft: its autoencoder rounds the corners of stars and crosses.",
+        "licence": "Apache-2.0.",
+    },
 }
 
 
@@ -97,5 +105,5 @@ def package_teacher(recipe: TeacherRecipe, run: Path, target: Path) -> None:
     counts = {p.parent.name: sum(t.numel() for t in load_file(p).values()) for p in sorted(target.rglob("*.safetensors"))}
     size = sum(p.stat().st_size for p in target.rglob("*.safetensors")) / 1e6
     text = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items())
-    card = CARD.format(name=recipe.name, world=recipe.world, size=size, data=DATA[recipe.world], parameters=text)
+    card = CARD.format(name=recipe.name, world=recipe.world, size=size, parameters=text, **WORLDS[recipe.world])
     (target / "README.md").write_text(card)

@@ -61,3 +61,10 @@ def test_other_weights_of_the_teacher_make_everything_again(teacher: Path, tmp_p
     (other / "scheduler" / "scheduler_config.json").write_text("{}")
     after = plan(tiny_recipe(other), tmp_path)
     assert all(before[name] != after[name] for name in before)
+
+
+def test_a_card_makes_nothing_again(teacher: Path, tmp_path: Path) -> None:
+    other = tiny_teacher(tmp_path / "other")
+    before = plan(tiny_recipe(other), tmp_path)
+    (other / "README.md").write_text("a card")
+    assert plan(tiny_recipe(other), tmp_path) == before
