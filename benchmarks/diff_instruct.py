@@ -15,6 +15,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "guidance 1.0": {"guidance": 1.0},
     "guidance 2.5": {"guidance": 2.5},
+    "guidance 4.0": {"guidance": 4.0},
+    "guidance 2.5, lr 1e-4": {"guidance": 2.5, "lr": 1e-4},
     "online ratio 3": {"online_ratio": 3},
     "online lr 3e-4": {"online_lr": 3e-4},
     "lr 1e-5": {"lr": 1e-5},
@@ -67,7 +71,8 @@ class Ablation:
         self.teacher, self.judge = Teacher(self.folder), embedded_judge(self.recipe.world)
         self.generators = Generators(self.teacher, artifacts.fetch("decoder", digests["decoder"]), loaded.evaluation)
         self.warmup = artifacts.fetch("warmup", digests["warmup"])
-        self.pairs = Pairs.load(artifacts.fetch("pairs", digests["pairs"]) / "pairs.safetensors")
+        drawn = [artifacts.fetch(name, digests[name]) for name in ("pairs", "compositions") if name in digests]
+        self.pairs = reduce(add, (Pairs.load(folder / "pairs.safetensors") for folder in drawn))
 
     def diff_instruct(self, seed: int, **levers: Any) -> dict[str, float]:
         assert self.recipe.diff_instruct is not None

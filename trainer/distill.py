@@ -134,9 +134,11 @@ class Distillation:
         captions = self.world.captions("train")
         common = {"revision": REVISION, "teacher": teacher, "captions": digest(captions), "seed": self.recipe.seed}
         for name, section in self._samples().items():
-            self.result.digests[name] = digest([common, section.model_dump(mode="json"), *([name] if name != "pairs" else [])])
+            self.result.digests[name] = digest(
+                [common, section.model_dump(mode="json", exclude_none=True), *([name] if name != "pairs" else [])]
+            )
         for stage in stages:
-            section = getattr(self.recipe, stage).model_dump(mode="json")
+            section = getattr(self.recipe, stage).model_dump(mode="json", exclude_none=True)
             self.result.digests[stage] = digest([common, section, list(self._inputs(stage).values()), self.cluster.workers])
         return self.result.digests
 

@@ -65,7 +65,7 @@ class Generators:
     def multi_step_teacher(self) -> Generate:
         """The teacher with guidance, decoded by its own autoencoder."""
 
-        @torch.no_grad()
+        @torch.inference_mode()
         def generate(captions: list[str], seeds: list[int]) -> Images:
             predict = self.teacher.guided(captions, self.evaluation.teacher_guidance)
             latent = sample(predict, self._noise(seeds), self.teacher.scheduler_config, self.evaluation.teacher_steps)
@@ -79,7 +79,7 @@ class Generators:
         unet.to(memory_format=torch.channels_last)
         scale = self.evaluation.teacher_guidance
 
-        @torch.no_grad()
+        @torch.inference_mode()
         def generate(captions: list[str], seeds: list[int]) -> Images:
             text = torch.cat([self.teacher.text.encode([""] * len(captions)), self.teacher.text.encode(captions)])
 
@@ -98,7 +98,7 @@ class Generators:
         unet: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet")
         step = OneStep(unet.to(memory_format=torch.channels_last), self.teacher.text, self.teacher.diffusion)
 
-        @torch.no_grad()
+        @torch.inference_mode()
         def generate(captions: list[str], seeds: list[int]) -> Images:
             return to_uint8(self.decoder.decode(step(self._noise(seeds), captions)).sample)
 
@@ -122,7 +122,7 @@ def latency_ms(generate: Generate, caption: str, repeats: int) -> float:
     return round(statistics.median(times[2:]), 2)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def reconstruct(teacher: Teacher, image_BHWC: Images) -> Images:
     """Real images through the teacher's autoencoder: the ceiling of everything made in its latents."""
     parts = [teacher.decode(teacher.vae.encode(part).latent_dist.mean) for part in to_tensor(image_BHWC).split(64)]

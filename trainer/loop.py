@@ -27,13 +27,17 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and at what rate: linear warm-up, then constant or cosine to `floor` x `lr`."""
+    """How long and at what rate: linear warm-up, then constant or cosine to `floor` x `lr`.
+
+    A cosine may begin again at step `restart`, at full rate (SGDR, arXiv:1608.03983).
+    """
 
     steps: int
     lr: float
     warmup: int = 0
     cosine: bool = False
     floor: float = 0.02
+    restart: int | None = None
 
     def rate(self, step: int) -> float:
         """Learning rate of update `step` (from 0)."""
@@ -41,7 +45,10 @@ class Schedule:
             return self.lr * (step + 1) / self.warmup
         if not self.cosine:
             return self.lr
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        start, end = self.warmup, self.restart or self.steps
+        if step >= end:
+            start, end = end, self.steps
+        progress = (step - start) / max(1, end - start)
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 

@@ -11,9 +11,9 @@ import json
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from sdxs.errors import InvalidRequest, NotFound
 from trainer.loop import Schedule
@@ -31,11 +31,18 @@ class Optimisation(Section):
     lr: float = Field(gt=0)
     warmup: int = Field(default=0, ge=0)
     cosine: bool = False
+    restart: int | None = Field(default=None, gt=0)
     ema: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _restart_within(self) -> Self:
+        if self.restart is not None and not (self.cosine and self.warmup < self.restart < self.steps):
+            raise ValueError(f"restart {self.restart}: it needs cosine = true, and a step between warmup and steps")
+        return self
 
     def schedule(self) -> Schedule:
         """The learning-rate schedule these numbers describe."""
-        return Schedule(self.steps, self.lr, self.warmup, self.cosine)
+        return Schedule(self.steps, self.lr, self.warmup, self.cosine, restart=self.restart)
 
 
 class AutoencoderSection(Optimisation):

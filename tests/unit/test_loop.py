@@ -179,6 +179,12 @@ def test_schedule_by_hand() -> None:
     )
 
 
+def test_a_restarted_cosine_goes_on_where_the_first_would_have_ended() -> None:
+    first, second = Schedule(10, 1.0, warmup=2, cosine=True), Schedule(6, 1.0, cosine=True)
+    whole = Schedule(16, 1.0, warmup=2, cosine=True, restart=10)
+    assert [whole.rate(step) for step in range(17)] == [first.rate(s) for s in range(10)] + [second.rate(s) for s in range(7)]
+
+
 def test_average_by_hand() -> None:
     module = nn.BatchNorm1d(1)  # has a counter, which is copied rather than averaged
     ema = Ema(module, decay=0.3)
