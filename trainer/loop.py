@@ -45,9 +45,9 @@ class Schedule:
             return self.lr * (step + 1) / self.warmup
         if not self.cosine:
             return self.lr
-        start, end = self.warmup, self.restart or self.steps
-        if step >= end:
-            start, end = end, self.steps
+        start, end = self.warmup, self.steps
+        if self.restart is not None:
+            start, end = (self.warmup, self.restart) if step < self.restart else (self.restart, self.steps)
         progress = (step - start) / max(1, end - start)
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
