@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -99,9 +102,12 @@ def demonstrate(
     sdxs demo
     sdxs demo --quick
     """
-    from trainer.demo import run_demo
+    from trainer.session import ray_session
 
-    run_demo(output, quick)
+    with ThreadPoolExecutor(1) as background, ExitStack() as session:
+        module = background.submit(import_module, "trainer.demo")  # seconds of imports, while Ray starts
+        session.enter_context(ray_session())
+        module.result().run_demo(output, quick, session)
 
 
 @bench.command()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from trainer.progress import Bars
 from trainer.recipe import DistillRecipe
 from trainer.report import contact_sheet, write_report
 from trainer.scoring import Comparison, compare
-from trainer.session import ray_session
 
 PROMPTS = [
     "red apple", "pizza", "smiling face with sunglasses", "red heart", "blue heart", "penguin", "tropical fish", "rose",
@@ -40,8 +39,8 @@ SEED = 7
 SERVE_SECONDS = 180
 
 
-def run_demo(output: Path, quick: bool) -> None:
-    """Run the whole demo; results in `output`. A second run reuses every stage that is done."""
+def run_demo(output: Path, quick: bool, ray_session: ExitStack) -> None:
+    """Run the whole demo; results in `output`. A second run reuses every stage that is done. Ends `ray_session` after the training."""
     console = Console()
     recipe = recipes.load("emoji-quick" if quick else "emoji-demo")
     assert isinstance(recipe, DistillRecipe)
@@ -51,8 +50,8 @@ def run_demo(output: Path, quick: bool) -> None:
         os.environ.update({**redis, **s3, "SDXS_CACHE_DIR": str((state / "cache").resolve())})
         settings = Settings()
         with Bars(console) as bars:
-            with ray_session():
-                result = Distillation(recipe, settings, Cluster(), bars, pool_size=1 if quick else 2).run(output / "bundle")
+            result = Distillation(recipe, settings, Cluster(), bars, pool_size=1 if quick else 2).run(output / "bundle")
+            ray_session.close()
             manifest = registry.publish(output / "bundle", open_store(settings))
             registry.promote(manifest.name, manifest.digest, open_store(settings))
             console.print(f"published {manifest.name}@prod = {manifest.digest[:19]}")

@@ -17,7 +17,7 @@ from trainer.recipe import EvaluationSection
 from trainer.teacher import Teacher, hush
 from trainer.worlds.base import get_world
 
-REPEATS, SLOW_REPEATS = 30, 5  # timed images of one step, and of a whole multi-step run
+REPEATS, SLOW_REPEATS = 30, 3  # timed images of one step, and of a whole multi-step run
 
 
 def embedded_judge(world: str) -> Judge:

@@ -137,7 +137,7 @@ async def test_a_killed_workers_job_is_done_by_another(queue: JobQueue, redis_ur
     dying = await asyncio.create_subprocess_exec(sys.executable, "-c", DYING_WORKER, env=environment, stdout=pipe)
     assert dying.stdout is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(100):  # a cold disk
             assert await dying.stdout.readline() == b"begun\n"
         async with Working(queue, tmp_path):
             await asyncio.sleep(3 * VISIBILITY_S)  # its heartbeat keeps the job with it
