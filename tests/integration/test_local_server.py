@@ -33,10 +33,12 @@ PROMPT = "red apple"
 
 
 @pytest.fixture(scope="module")
-def address(tiny_bundle: Path, redis_variables: dict[str, str], s3_variables: dict[str, str]) -> Iterator[str]:
-    values = {name.removeprefix("SDXS_").lower(): value for name, value in (redis_variables | s3_variables).items()}
+def address(tiny_bundle: Path, redis_url: str, s3_variables: dict[str, str]) -> Iterator[str]:
+    values = {name.removeprefix("SDXS_").lower(): value for name, value in s3_variables.items()}
     address = f"127.0.0.1:{free_port()}"
-    settings = ServingSettings.model_validate({**values, "gateway_address": address, "job_visibility_s": 2, "drain_s": 1})
+    settings = ServingSettings.model_validate(
+        {**values, "redis_url": redis_url, "gateway_address": address, "job_visibility_s": 2, "drain_s": 1}
+    )
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     async def main() -> None:
