@@ -29,7 +29,7 @@ class DivergedError(RuntimeError):
 class Schedule:
     """How long and at what rate: linear warm-up, then constant or cosine to `floor` x `lr`.
 
-    A cosine may begin again at step `restart`, at full rate (SGDR, arXiv:1608.03983).
+    A cosine begins again at each step of `restarts`, at full rate (SGDR, arXiv:1608.03983).
     """
 
     steps: int
@@ -37,7 +37,7 @@ class Schedule:
     warmup: int = 0
     cosine: bool = False
     floor: float = 0.02
-    restart: int | None = None
+    restarts: tuple[int, ...] = ()
 
     def rate(self, step: int) -> float:
         """Learning rate of update `step` (from 0)."""
@@ -45,9 +45,8 @@ class Schedule:
             return self.lr * (step + 1) / self.warmup
         if not self.cosine:
             return self.lr
-        start, end = self.warmup, self.steps
-        if self.restart is not None:
-            start, end = (self.warmup, self.restart) if step < self.restart else (self.restart, self.steps)
+        start = max((r for r in self.restarts if r <= step), default=self.warmup)
+        end = min((r for r in self.restarts if r > step), default=self.steps)
         progress = (step - start) / max(1, end - start)
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 

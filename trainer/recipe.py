@@ -7,6 +7,7 @@ marked [chosen] in `docs/training.md`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tomllib
 from importlib import resources
@@ -31,18 +32,19 @@ class Optimisation(Section):
     lr: float = Field(gt=0)
     warmup: int = Field(default=0, ge=0)
     cosine: bool = False
-    restart: int | None = Field(default=None, gt=0)
+    restarts: list[int] | None = None
     ema: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
-    def _restart_within(self) -> Self:
-        if self.restart is not None and not (self.cosine and self.warmup < self.restart < self.steps):
-            raise ValueError(f"restart {self.restart}: it needs cosine = true, and a step between warmup and steps")
+    def _restarts_within(self) -> Self:
+        bounds = [self.warmup, *(self.restarts or []), self.steps]
+        if self.restarts and not (self.cosine and all(a < b for a, b in itertools.pairwise(bounds))):
+            raise ValueError(f"restarts {self.restarts}: they need cosine = true, and ascending steps between warmup and steps")
         return self
 
     def schedule(self) -> Schedule:
         """The learning-rate schedule these numbers describe."""
-        return Schedule(self.steps, self.lr, self.warmup, self.cosine, restart=self.restart)
+        return Schedule(self.steps, self.lr, self.warmup, self.cosine, restarts=tuple(self.restarts or ()))
 
 
 class AutoencoderSection(Optimisation):

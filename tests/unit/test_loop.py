@@ -180,9 +180,11 @@ def test_schedule_by_hand() -> None:
 
 
 def test_a_restarted_cosine_goes_on_where_the_first_would_have_ended() -> None:
-    first, second = Schedule(10, 1.0, warmup=2, cosine=True), Schedule(6, 1.0, cosine=True)
-    whole = Schedule(16, 1.0, warmup=2, cosine=True, restart=10)
-    assert [whole.rate(step) for step in range(17)] == [first.rate(s) for s in range(10)] + [second.rate(s) for s in range(7)]
+    parts = Schedule(10, 1.0, warmup=2, cosine=True), Schedule(6, 1.0, cosine=True), Schedule(4, 1.0, cosine=True)
+    whole = Schedule(20, 1.0, warmup=2, cosine=True, restarts=(10, 16))
+    expected = [part.rate(step) for part in parts for step in range(part.steps)]
+    assert [whole.rate(step) for step in range(20)] == expected
+    assert whole.rate(20) == parts[-1].rate(4)
 
 
 def test_average_by_hand() -> None:

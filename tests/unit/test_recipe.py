@@ -57,7 +57,7 @@ def test_built_in_recipe_is_what_its_file_says(name: str) -> None:
         ('solver = "dpm"', 'solver = "euler"', "recipe.pairs.solver"),
         ("steps = 900", 'steps = "many"', "recipe.unet.steps"),
         ("alpha = [0.95, 0.7]", "alpha = [0.95]", "recipe.diff_instruct.alpha.1"),
-        ("steps = 900", "steps = 900\nrestart = 900", "recipe.unet"),
+        ("steps = 900", "steps = 900\nrestarts = [900]", "recipe.unet"),
         ('world = "scenes"', "", "recipe.world"),
         ('kind = "distill"', 'kind = "distil"', "recipe.kind"),
         ('kind = "distill"', "", "recipe.kind"),
