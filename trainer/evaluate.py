@@ -23,6 +23,7 @@ from trainer.teacher import Teacher, load_frozen
 Images = np.ndarray
 Generate = Callable[[list[str], list[int]], Images]
 BATCH = 32
+ROUNDS, TURN_S, REPEATS = 3, 0.5, 12  # of timing; a turn is as many images as fit its seconds, one at least
 SEED = 20_000_000  # far from the seeds of any pair
 
 
@@ -112,14 +113,22 @@ def in_batches(generate: Generate, captions: list[str]) -> Images:
     return np.concatenate(parts)
 
 
-def latency_ms(generate: Generate, caption: str, repeats: int) -> float:
-    """Median milliseconds of one image at batch 1, text encoding cached as in serving, after two warm-up calls."""
-    times = []
-    for i in range(repeats + 2):
-        start = time.perf_counter()
-        generate([caption], [SEED + i])
-        times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times[2:]), 2)
+def latencies_ms(generators: dict[str, Generate], caption: str) -> dict[str, float]:
+    """Median milliseconds of one image at batch 1, text encoding cached as in serving.
+
+    All take turns, each for half a second after an image that is not counted: a machine whose speed drifts slows all alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in generators}
+    for _ in range(ROUNDS):
+        for name, generate in generators.items():
+            start = time.perf_counter()
+            generate([caption], [SEED])
+            repeats = max(1, min(REPEATS, round(TURN_S / (time.perf_counter() - start))))
+            for i in range(repeats):
+                start = time.perf_counter()
+                generate([caption], [SEED + i])
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
 
 
 @torch.inference_mode()

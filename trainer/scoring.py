@@ -11,13 +11,11 @@ import torch
 from sdxs.bundle import Manifest
 from trainer.artifacts import Artifacts
 from trainer.distill import ASSETS, teacher_folder
-from trainer.evaluate import Generate, Generators, Row, latency_ms, score_rows
+from trainer.evaluate import Generate, Generators, Row, latencies_ms, score_rows
 from trainer.judge import Judge, JudgeNet
 from trainer.recipe import EvaluationSection
 from trainer.teacher import Teacher, hush
 from trainer.worlds.base import get_world
-
-REPEATS, SLOW_REPEATS = 30, 3  # timed images of one step, and of a whole multi-step run
 
 
 def embedded_judge(world: str) -> Judge:
@@ -50,9 +48,7 @@ class Comparison:
 
     def timed(self, rows: list[Row]) -> list[Row]:
         """The same rows with latencies; measured apart from the scores, when the machine is quiet."""
-        caption = self.judge.world.captions("train")[0]
-        repeats = {name: SLOW_REPEATS if name in ("teacher", "kd") else REPEATS for name in self.generators}
-        latencies = {name: latency_ms(make, caption, repeats[name]) for name, make in self.generators.items()}
+        latencies = latencies_ms(self.generators, self.judge.world.captions("train")[0])
         return [replace(row, latency_ms=latencies.get(row.row)) for row in rows]
 
 
