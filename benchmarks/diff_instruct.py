@@ -4,7 +4,7 @@
     python -m benchmarks.diff_instruct scenes
 
 Every arm starts from the warm-up's result in the store; seconds are CPU time of one thread, teacher included. Writes one line per
-run to benchmarks/results/diff_instruct.jsonl, and skips runs that are there already.
+run to benchmarks/results/diff_instruct.jsonl, and skips those of the same recipe that are there already.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Ablation:
         loaded = recipes.load(recipe)
         assert isinstance(loaded, DistillRecipe)
         self.recipe = loaded
-        digests = Distillation(loaded, settings, Cluster(), lambda *_: None).plan(["decoder", "unet", "warmup"])
+        digests = Distillation(loaded, settings, Cluster(), lambda *_: None).plan(
+            ["decoder", "unet", "warmup", "diff_instruct"]
+        )
+        self.digest = digests["diff_instruct"]  # of the teacher, the samples and all stages before
         self.folder, self.steps = teacher_folder(self.recipe.teacher), steps
         self.teacher, self.judge = Teacher(self.folder), embedded_judge(self.recipe.world)
         self.generators = Generators(self.teacher, artifacts.fetch("decoder", digests["decoder"]), loaded.evaluation)
@@ -123,11 +126,12 @@ def main() -> None:
     chosen = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(line["arm"], line["seed"]) for line in lines}
     ablation = Ablation(chosen.recipe, chosen.steps)
+    lines = [line for line in lines if line["recipe"] == ablation.digest]
+    done = {(line["arm"], line["seed"]) for line in lines}
 
     def note(arm: str, seed: int, result: dict[str, float]) -> None:
-        lines.append({"arm": arm, "seed": seed, **result})
+        lines.append({"recipe": ablation.digest, "world": ablation.recipe.world, "arm": arm, "seed": seed, **result})
         with RESULTS.open("a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
         print(json.dumps(lines[-1]), flush=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sdxs import bundle
 from sdxs.bundle import Manifest
-from trainer.evaluate import Row
+from trainer.evaluate import HEADINGS, Row
 from trainer.recipe import DistillRecipe
+
+EVALUATION = "evaluation.json"
 
 CARD = """# {name}
 
@@ -19,7 +22,8 @@ the loss curves of every stage are in `training.txt`. It also loads in diffusers
 - **Rows**: `vae` is real images through the teacher's autoencoder, the ceiling; `teacher` takes {steps} steps with guidance; `kd` is the
   shrunk student sampled like the teacher; `naive` the same student in one step; `warmup` after feature matching; `final` is this bundle.
 - **top-1, top-5**: how often the nearest real image, in the judge's features, is the one that was asked for. **Frechet**: distance of the
-  judge's features to those of real images. Latency: one image, batch 1, one CPU thread, text embedding cached; compare the ratios.
+  judge's features to those of real images. The judge gets {accuracy:.1%} of real renders right.
+- **Latency**: one image, batch 1, one CPU thread, text embedding cached; compare the ratios, not the machines.
 - **Limits**: it knows the words of its captions; other words mean nothing to it. Small details are soft.
 - **Licence**: Apache-2.0, as what the teacher learnt from.
 """
@@ -27,11 +31,8 @@ the loss curves of every stage are in `training.txt`. It also loads in diffusers
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| captions | row | top-1 | top-5 | Frechet | ms |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        top5 = "" if row.top5 is None else f"{row.top5:.1%}"
-        lines.append(f"| {row.split} | {row.row} | {row.top1:.1%} | {top5} | {row.frechet:.3f} | {row.latency_ms or ''} |")
-    return "\n".join(lines)
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def metrics(rows: list[Row]) -> dict[str, float]:
@@ -45,11 +46,22 @@ def metrics(rows: list[Row]) -> dict[str, float]:
     return found
 
 
-def add_card(folder: Path, recipe: DistillRecipe, rows: list[Row]) -> Manifest:
-    """Write README.md into the bundle and seal it again, now with its metrics."""
+def read_rows(folder: Path) -> list[Row]:
+    """The evaluation that a bundle carries; none when it was never evaluated."""
+    path = folder / EVALUATION
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf8"))] if path.is_file() else []
+
+
+def add_card(folder: Path, recipe: DistillRecipe, rows: list[Row], judge_accuracy: float) -> Manifest:
+    """Write README.md and evaluation.json into the bundle and seal it again, now with its metrics."""
     sealed = bundle.read(folder)
     size = sum(entry.size for name, entry in sealed.files.items() if name.endswith(".safetensors")) / 1e6
     steps = recipe.evaluation.teacher_steps
-    text = CARD.format(name=recipe.name, world=recipe.world, size=size, teacher=recipe.teacher, table=table(rows), steps=steps)
+    text = CARD.format(
+        name=recipe.name, world=recipe.world, size=size, teacher=recipe.teacher, table=table(rows), steps=steps,
+        accuracy=judge_accuracy,
+    )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf8")
+    lines = ",\n ".join(json.dumps(row.as_dict()) for row in rows)
+    (folder / EVALUATION).write_text(f"[{lines}]\n", encoding="utf8")
     return bundle.seal(folder, sealed.name, recipe_hash=sealed.recipe_hash, lineage=sealed.lineage, metrics=metrics(rows))

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sdxs import registry
-from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 from sdxs.store import open_store
 
@@ -30,9 +29,8 @@ def train_recipe(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for the result; out/<recipe> by default.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Ray Train workers.")] = 1,
-    teachers: Annotated[int, typer.Option(help="Members of the teacher pool.")] = 1,
-    gpus: Annotated[float, typer.Option(help="GPUs per worker; 0 trains on CPU.")] = 0.0,
+    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
+    teachers: Annotated[int, typer.Option(min=1, help="Members of the teacher pool.")] = 1,
 ) -> None:
     """Run RECIPE on Ray: on the cluster RAY_ADDRESS names, else on this machine. Interrupted runs resume; finished stages are reused.
 
@@ -40,19 +38,19 @@ def train_recipe(
     sdxs train emoji                    distil the embedded emoji teacher
     sdxs train scenes -o out/scenes     the small procedural world: minutes
     sdxs train emoji-teacher            train the teacher itself: hours on CPU
-    sdxs train mine.toml --workers 8 --teachers 4 --gpus 1
+    sdxs train mine.toml --workers 8 --teachers 4
     """
     from trainer import recipe as recipes
     from trainer.runs import run_recipe
 
     chosen = recipes.load(recipe)
-    run_recipe(chosen, output or Path("out") / chosen.name, workers, teachers, gpus)
+    run_recipe(chosen, output or Path("out") / chosen.name, workers, teachers)
 
 
 @evaluate.command()
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="Bundle: name, name@pointer, sha256:digest or folder.")] = "emoji",
-    images: Annotated[int | None, typer.Option(help="Images of training captions; the recipe's number by default.")] = None,
+    images: Annotated[int | None, typer.Option(min=2, help="Images a split; the recipe's numbers by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     """Score MODEL beside its teacher: retrieval, Frechet distance, latency; training and held-out captions.
@@ -61,16 +59,15 @@ def evaluate_model(
     sdxs eval emoji
     sdxs eval ./out/emoji --images 64 --json
     """
+    from trainer import recipe as recipes
     from trainer.artifacts import Artifacts
-    from trainer.recipe import DistillRecipe
-    from trainer.scoring import compare
+    from trainer.card import read_rows
+    from trainer.report import console_table
+    from trainer.scoring import compare, with_recorded
 
     settings = Settings()
     folder, manifest = registry.open_model(model, settings)
-    path = folder / "recipe.json"
-    if not path.is_file():
-        raise InvalidRequest("model", model, "a bundle that carries its recipe.json")
-    recipe = DistillRecipe.model_validate_json(path.read_text())
+    recipe = recipes.of_bundle(folder)
     evaluation = recipe.evaluation
     if images is not None:
         evaluation = evaluation.model_copy(update={"train_images": images, "heldout_images": images})
@@ -78,17 +75,11 @@ def evaluate_model(
     console = Console(stderr=True)
     with console.status("scoring") as status:
         comparison = compare(folder, manifest, recipe.world, evaluation, artifacts)
-        rows = comparison.timed(comparison.scores(status.update))
+        rows = with_recorded(comparison.timed(comparison.scores(status.update)), read_rows(folder))
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in rows]))
         return
-    table = Table("split", "row", "top-1", "top-5", "Frechet", "ms per image", "images")
-    for row in rows:
-        top5 = "" if row.top5 is None else f"{row.top5:.1%}"
-        table.add_row(
-            row.split, row.row, f"{row.top1:.1%}", top5, f"{row.frechet:.3f}", str(row.latency_ms or ""), str(row.images)
-        )
-    Console().print(table)
+    Console().print(console_table(rows, comparison.judge))
 
 
 @demo.command()

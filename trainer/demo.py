@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from sdxs import bundle, embedded, registry
 from sdxs.client import Client
@@ -24,11 +23,12 @@ from sdxs.store import open_store
 from trainer import recipe as recipes
 from trainer.artifacts import Artifacts
 from trainer.distill import Distillation, Result
-from trainer.evaluate import Generate, Row
+from trainer.evaluate import Row
+from trainer.judge import Judge
 from trainer.launch import Cluster
 from trainer.progress import Bars
 from trainer.recipe import DistillRecipe
-from trainer.report import contact_sheet, write_report
+from trainer.report import console_table, contact_sheet, write_report
 from trainer.scoring import Comparison, compare
 
 PROMPTS = [
@@ -61,8 +61,8 @@ def run_demo(output: Path, quick: bool, ray_session: ExitStack) -> None:
                 console.print(f"serving on {server.address}")
                 served = _ask(server.address, manifest.name, output)
             rows = comparison.timed(rows)
-        _report(output, recipe, result, settings, rows, comparison.generators, served)
-    _closing_words(console, output, rows, time.perf_counter() - start)
+        _report(output, recipe, result, settings, rows, comparison, served)
+    _closing_words(console, output, rows, comparison.judge, time.perf_counter() - start)
 
 
 def _evaluate(recipe: DistillRecipe, result: Result, settings: Settings, bars: Bars) -> tuple[Comparison, list[Row]]:
@@ -97,7 +97,7 @@ class _Server:
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 with Client(self.address) as client:
-                    if client.list_models():
+                    if client.ready():
                         return
             except SdxsError:
                 time.sleep(0.5)
@@ -137,10 +137,10 @@ def _ask(address: str, model: str, output: Path) -> np.ndarray:
 
 
 def _report(  # noqa: PLR0913
-    output: Path, recipe: DistillRecipe, result: Result, settings: Settings, rows: list[Row], generators: dict[str, Generate],
+    output: Path, recipe: DistillRecipe, result: Result, settings: Settings, rows: list[Row], comparison: Comparison,
     served: np.ndarray,
 ) -> None:  # fmt: skip
-    columns = {name: make(PROMPTS, [SEED] * len(PROMPTS)) for name, make in generators.items() if name != "final"}
+    columns = {name: make(PROMPTS, [SEED] * len(PROMPTS)) for name, make in comparison.generators.items() if name != "final"}
     sheet = contact_sheet({**columns, "final": served}, PROMPTS)
     artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
     stages = [stage for stage in result.digests if stage not in ("pairs", "compositions")]
@@ -148,15 +148,11 @@ def _report(  # noqa: PLR0913
     summary = (
         f"recipe {recipe.name}, digest {recipes.digest(recipe)}; a short run: its pictures are worse than the shipped bundle's"
     )
-    write_report(output, recipe.name, rows, result.seconds, sheet, logs, summary)
+    write_report(output, recipe.name, rows, comparison.judge, result.seconds, sheet, logs, summary)
 
 
-def _closing_words(console: Console, output: Path, rows: list[Row], seconds: float) -> None:
-    table = Table("split", "row", "top-1", "top-5", "Frechet", "ms per image")
-    for row in rows:
-        top5 = "" if row.top5 is None else f"{row.top5:.1%}"
-        table.add_row(row.split, row.row, f"{row.top1:.1%}", top5, f"{row.frechet:.3f}", f"{row.latency_ms or ''}")
-    console.print(table)
+def _closing_words(console: Console, output: Path, rows: list[Row], judge: Judge, seconds: float) -> None:
+    console.print(console_table(rows, judge))
     console.print(f"Done in {seconds / 60:.1f} minutes. Look at {output / 'contact_sheet.png'} and {output / 'report.html'}.")
-    console.print(f'Your own:  .venv/bin/sdxs generate "green apple" -o apple.png --model ./{output / "bundle"}')
+    console.print(f'Your own:  .venv/bin/sdxs generate "green apple" -o apple.png --model {(output / "bundle").absolute()}')
     console.print('The shipped bundle, trained longer:  .venv/bin/sdxs generate "green apple" -o apple.png')

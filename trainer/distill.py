@@ -21,7 +21,7 @@ import ray
 from safetensors.torch import load_file, save_file
 
 from sdxs import bundle
-from sdxs.errors import NotFound
+from sdxs.errors import AlreadyExists, NotFound
 from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer.artifacts import Artifacts
@@ -35,7 +35,7 @@ from trainer.worlds.base import get_world
 ASSETS = Path(__file__).parent / "assets"
 # What each stage reads. Drawn samples come first; compositions only if the recipe has them.
 UPSTREAM = {
-    "decoder": ("pairs",),
+    "decoder": ("pairs", "compositions"),
     "unet": ("pairs", "compositions"),
     "warmup": ("pairs", "compositions", "unet"),
     "diff_instruct": ("pairs", "compositions", "warmup"),
@@ -57,12 +57,13 @@ class Result:
 
 
 def teacher_folder(teacher: str) -> Path:
-    """Folder of a teacher: `<world>-teacher` for the embedded ones, else a path to any diffusers text-to-image folder.
+    """Folder of a teacher: the name `<world>-teacher` for an embedded one, else a path to any diffusers text-to-image folder.
 
     Raises:
         NotFound: there is no such folder.
     """
-    folder = ASSETS / teacher.removesuffix("-teacher") / "teacher" if teacher.endswith("-teacher") else Path(teacher)
+    embedded = ASSETS / teacher.removesuffix("-teacher") / "teacher"
+    folder = embedded if teacher.endswith("-teacher") and len(Path(teacher).parts) == 1 else Path(teacher)
     if not (folder / "unet" / "config.json").is_file():
         raise NotFound(f"teacher {teacher!r}: {folder} is not a diffusers text-to-image folder")
     return folder.resolve()
@@ -90,7 +91,12 @@ class Distillation:
         self._starting = threading.Lock()  # stages in both lanes ask for the pool
 
     def run(self, output: Path) -> Result:
-        """All stages that are not done yet, then the bundle in `output`."""
+        """All stages that are not done yet, then the bundle in `output`.
+
+        Raises:
+            AlreadyExists: `output` holds something that is not a bundle.
+        """
+        _check_replaceable(output)
         stages = ["decoder", "unet", "warmup", *(["diff_instruct"] if self.recipe.diff_instruct else [])]
         self.plan(stages)
         try:
@@ -123,10 +129,8 @@ class Distillation:
 
     def _lanes(self) -> int:
         """Two (the decoder beside the chain of U-Net stages) if workers for both and the pool fit the cluster at once, else one."""
-        total, cluster = ray.cluster_resources(), self.cluster
-        cpus = cluster.cpus_per_worker * (2 * cluster.workers + self.pool_size)
-        gpus = cluster.gpus_per_worker * 2 * cluster.workers
-        return 2 if total.get("CPU", 0) >= cpus and total.get("GPU", 0) >= gpus else 1
+        cpus = self.cluster.cpus_per_worker * (2 * self.cluster.workers + self.pool_size)
+        return 2 if ray.cluster_resources().get("CPU", 0) >= cpus else 1
 
     def plan(self, stages: list[str]) -> dict[str, str]:
         """Digest of every stage: its section of the recipe and whatever it reads."""
@@ -219,24 +223,33 @@ class Distillation:
         """The bundle: the last student, the tiny decoder, and the teacher's text encoder, tokenizer and scheduler; fp16 on disk."""
         digests = self.result.digests
         fetched = {stage: self.artifacts.fetch(stage, digests[stage]) for stage in stages}
-        if output.exists():
-            shutil.rmtree(output)
+        part = output.with_name(output.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
         sources = {"unet": fetched[stages[-1]] / "unet", "vae": fetched["decoder"] / "vae"}
         sources |= {name: self.folder / name for name in ("text_encoder", "tokenizer", "scheduler")}
         for name, source in sources.items():
-            shutil.copytree(source, output / name)
-        slim(output)
+            shutil.copytree(source, part / name)
+        slim(part)
         logs = [f"# {stage}\n" + (fetched[stage] / "log.jsonl").read_text() for stage in stages]
-        (output / "training.txt").write_text("\n".join(logs))
-        (output / "recipe.json").write_text(self.recipe.model_dump_json(indent=1))
-        write_model_index(output)
+        (part / "training.txt").write_text("\n".join(logs))
+        (part / "recipe.json").write_text(self.recipe.model_dump_json(indent=1))
+        write_model_index(part)
         bundle.seal(
-            output,
+            part,
             self.recipe.name,
             recipe_hash=digest(self.recipe),
             lineage={"teacher": self.recipe.teacher, **digests},
         )
+        _check_replaceable(output)
+        shutil.rmtree(output, ignore_errors=True)
+        part.rename(output)
         self.result.bundle = output
+
+
+def _check_replaceable(output: Path) -> None:
+    """Only an earlier bundle may be replaced. Raises AlreadyExists."""
+    if output.exists() and not (output / "bundle.json").is_file() and not (output.is_dir() and not any(output.iterdir())):
+        raise AlreadyExists(f"output {str(output)!r} holds something that is not a bundle; name a new folder")
 
 
 def slim(folder: Path) -> None:

@@ -39,9 +39,20 @@ class Row:
     frechet: float
     latency_ms: float | None
     images: int
+    recorded: bool = False  # taken from the bundle, measured when it was made
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "recorded" or value}
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, under `HEADINGS`."""
+        top5 = "" if self.top5 is None else f"{self.top5:.1%}"
+        latency = "" if self.latency_ms is None else f"{self.latency_ms:.1f}"
+        name = f"{self.row} *" if self.recorded else self.row
+        return self.split, name, f"{self.top1:.1%}", top5, f"{self.frechet:.3f}", latency, str(self.images)
+
+
+HEADINGS = ("captions", "row", "top-1", "top-5", "Frechet", "ms per image", "images")
 
 
 def to_uint8(image_BCHW: Tensor) -> Images:

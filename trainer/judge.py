@@ -84,10 +84,10 @@ class Scores:
 
 
 class Judge:
-    """Scores images against the captions they were asked for."""
+    """Scores images against the captions they were asked for. `accuracy` is its own, on real renders it was not trained on."""
 
-    def __init__(self, net: JudgeNet, world: World) -> None:
-        self.net, self.world = net, world
+    def __init__(self, net: JudgeNet, world: World, accuracy: float) -> None:
+        self.net, self.world, self.accuracy = net, world, accuracy
 
     @torch.no_grad()
     def features(self, image_BHWC: np.ndarray) -> np.ndarray:

@@ -24,7 +24,6 @@ class Cluster:
 
     workers: int = 1
     cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
     threads: int = 1
     checkpoint_every: int = 100
     max_failures: int = 3
@@ -73,12 +72,7 @@ def run_stage(job: StageJob, settings: Settings, progress: Progress) -> None:
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker}
-            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-        ),
+        scaling_config=ScalingConfig(num_workers=cluster.workers, resources_per_worker={"CPU": cluster.cpus_per_worker}),
         run_config=RunConfig(
             name=f"{job.stage}-{job.digest}",
             **storage(settings),

@@ -79,8 +79,8 @@ class PoolClient:
 class TeacherPool:
     """Owns the actors. Use as a context manager: they end with it."""
 
-    def __init__(self, folder: Path, size: int, *, cpus: float = 1.0, gpus: float = 0.0, threads: int = 1) -> None:
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": RETRIES}
+    def __init__(self, folder: Path, size: int, *, cpus: float = 1.0, threads: int = 1) -> None:
+        options = {"num_cpus": cpus, "max_restarts": -1, "max_task_retries": RETRIES}
         member: Any = TeacherMember  # ray's decorator hides the actor's interface from type checkers
         self.members = [member.options(**options).remote(str(folder), threads) for _ in range(size)]
 

@@ -36,7 +36,9 @@ class Optimisation(Section):
     ema: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
-    def _restarts_within(self) -> Self:
+    def _in_order(self) -> Self:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup {self.warmup}: the rate never gets there in {self.steps} steps")
         bounds = [self.warmup, *(self.restarts or []), self.steps]
         if self.restarts and not (self.cosine and all(a < b for a, b in itertools.pairwise(bounds))):
             raise ValueError(f"restarts {self.restarts}: they need cosine = true, and ascending steps between warmup and steps")
@@ -180,9 +182,28 @@ def load(name_or_path: str) -> TeacherRecipe | DistillRecipe:
     if not path.is_file():
         raise NotFound(f"recipe {name_or_path!r}: no such file, and not one of {', '.join(built_in())}")
     try:
-        return _ADAPTER.validate_python(tomllib.loads(path.read_text(encoding="utf8")))
+        return _validated(tomllib.loads(path.read_text(encoding="utf8")))
     except tomllib.TOMLDecodeError as error:
         raise InvalidRequest("recipe", str(path), f"TOML ({error})") from error
+
+
+def of_bundle(folder: Path) -> DistillRecipe:
+    """The recipe that a bundle carries.
+
+    Raises:
+        InvalidRequest: it carries none, or one that this version cannot read; names the field.
+    """
+    path = folder / "recipe.json"
+    found = _validated(json.loads(path.read_text(encoding="utf8"))) if path.is_file() else None
+    if not isinstance(found, DistillRecipe):
+        raise InvalidRequest("model", str(folder), "a bundle that carries the recipe it was distilled by, recipe.json")
+    return found
+
+
+def _validated(data: dict[str, Any]) -> TeacherRecipe | DistillRecipe:
+    """Raises InvalidRequest with the name of the first field that is missing, unknown or out of range."""
+    try:
+        return _ADAPTER.validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "kind"  # the first part is the kind itself

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Template
 from PIL import Image, ImageDraw, ImageFont
+from rich.table import Table
 
-from trainer.evaluate import Row
+from trainer.evaluate import HEADINGS, Row
+from trainer.judge import Judge
 
 ZOOM, GAP, LABEL = 2, 8, 200
 TITLES = {
@@ -48,6 +50,20 @@ def _wrap(text: str, width: int) -> str:
             lines.append("")
         lines[-1] += word + " "
     return "\n".join(lines)
+
+
+def judged(judge: Judge) -> str:
+    """Who scored, and how far to trust it."""
+    return f"scored by a classifier that gets {judge.accuracy:.1%} of real {judge.world.name} renders right"
+
+
+def console_table(rows: list[Row], judge: Judge) -> Table:
+    """The rows for a terminal."""
+    note = "; * recorded in the bundle when it was made" if any(row.recorded for row in rows) else ""
+    table = Table(*HEADINGS, caption=judged(judge) + note)
+    for row in rows:
+        table.add_row(*row.cells())
+    return table
 
 
 def curves_svg(logs: dict[str, Path]) -> str:
@@ -97,11 +113,10 @@ td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}td:first
 img,svg{max-width:100%}</style>
 <h1>{{ name }}</h1><p>{{ summary }}</p>
 {% for split, rows in splits.items() %}<h2>{{ titles[split] }}</h2>
-<table><tr><th>row<th>top-1<th>top-5<th>Frechet<th>ms per image<th>images</tr>
-{% for r in rows %}<tr><td>{{ r.row }}<td>{{ "%.1f%%"|format(100*r.top1) }}
-<td>{{ "%.1f%%"|format(100*r.top5) if r.top5 is not none else "" }}
-<td>{{ "%.3f"|format(r.frechet) }}<td>{{ "%.1f"|format(r.latency_ms) if r.latency_ms else "" }}
-<td>{{ r.images }}</tr>{% endfor %}</table>{% endfor %}
+<table><tr>{% for heading in headings %}<th>{{ heading }}{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row.cells()[1:] %}<td>{{ cell }}{% endfor %}</tr>
+{% endfor %}</table>{% endfor %}
+<p>{{ judged }}</p>
 <h2>Side by side</h2><img alt="contact sheet" src="data:image/png;base64,{{ sheet }}">
 <h2>Loss curves</h2>{{ curves }}
 <h2>Where the time went</h2><table>{% for stage, s in seconds.items() %}
@@ -112,18 +127,32 @@ img,svg{max-width:100%}</style>
 
 
 def write_report(  # noqa: PLR0913
-    folder: Path, name: str, rows: list[Row], seconds: dict[str, float], sheet: Image.Image, logs: dict[str, Path], summary: str
+    folder: Path,
+    name: str,
+    rows: list[Row],
+    judge: Judge,
+    seconds: dict[str, float],
+    sheet: Image.Image,
+    logs: dict[str, Path],
+    summary: str,
 ) -> None:
     """`contact_sheet.png`, `report.html` and `report.json` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     sheet.save(folder / "contact_sheet.png")
     facts = machine()
-    data = {"name": name, "machine": facts, "stage_seconds": seconds, "rows": [row.as_dict() for row in rows]}
+    data = {
+        "name": name,
+        "machine": facts,
+        "judge": {"world": judge.world.name, "accuracy_on_real_renders": judge.accuracy},
+        "stage_seconds": seconds,
+        "rows": [row.as_dict() for row in rows],
+    }
     (folder / "report.json").write_text(json.dumps(data, indent=1))
     splits = {split: [row for row in rows if row.split == split] for split in ("train", "heldout")}
     titles = {"train": "Captions seen in training", "heldout": "Held-out captions (new compositions)"}
     page = PAGE.render(
-        name=name, summary=summary, splits=splits, titles=titles, curves=curves_svg(logs), seconds=seconds,
+        name=name, summary=summary, splits=splits, titles=titles, headings=HEADINGS[1:], judged=judged(judge),
+        curves=curves_svg(logs), seconds=seconds,
         sheet=base64.b64encode((folder / "contact_sheet.png").read_bytes()).decode(),
         machine=", ".join(f"{k} {v}" for k, v in facts.items()),
     )  # fmt: skip

@@ -24,7 +24,7 @@ from trainer.scoring import compare
 from trainer.session import ray_session
 
 
-def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int, teachers: int, gpus: float) -> None:
+def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int, teachers: int) -> None:
     """Run to the end and say where the result is."""
     console = Console()
     if isinstance(recipe, TeacherRecipe):
@@ -33,7 +33,7 @@ def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int
         return
     settings = Settings()
     with ray_session(), Bars(console) as bars:
-        cluster = Cluster(workers=workers, gpus_per_worker=gpus)
+        cluster = Cluster(workers=workers)
         result = Distillation(recipe, settings, cluster, bars, teachers).run(output)
     assert result.bundle is not None
     store = open_store(settings)
@@ -42,7 +42,7 @@ def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int
         manifest = bundle.read(result.bundle)
         comparison = compare(result.bundle, manifest, recipe.world, recipe.evaluation, artifacts)
         rows = comparison.timed(comparison.scores(status.update))
-    add_card(result.bundle, recipe, rows)
+    add_card(result.bundle, recipe, rows, comparison.judge.accuracy)
     manifest = registry.publish(result.bundle, store)
     console.print(f"bundle: {output}\npublished as {manifest.digest}")
     console.print(f"point a name at it:  sdxs models promote {manifest.name} {manifest.digest}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from trainer.worlds.base import get_world
 
 def embedded_judge(world: str) -> Judge:
     """The judge that ships with a world."""
-    return Judge(JudgeNet.load(ASSETS / world / "judge"), get_world(world))
+    folder = ASSETS / world / "judge"
+    accuracy = json.loads((folder / "judge.json").read_text())["accuracy_on_real_renders"]
+    return Judge(JudgeNet.load(folder), get_world(world), accuracy)
 
 
 def students(bundle: Path, lineage: dict[str, str], artifacts: Artifacts) -> dict[str, Path]:
@@ -50,6 +53,14 @@ class Comparison:
         """The same rows with latencies; measured apart from the scores, when the machine is quiet."""
         latencies = latencies_ms(self.generators, self.judge.world.captions("train")[0])
         return [replace(row, latency_ms=latencies.get(row.row)) for row in rows]
+
+
+def with_recorded(rows: list[Row], recorded: list[Row]) -> list[Row]:
+    """Rows in the order of the record, those that could not be measured now filled in from it and marked so."""
+    measured = {(row.split, row.row): row for row in rows}
+    known = {(row.split, row.row) for row in recorded}
+    filled = [measured.get((row.split, row.row), replace(row, recorded=True)) for row in recorded]
+    return filled + [row for row in rows if (row.split, row.row) not in known]
 
 
 def compare(bundle: Path, manifest: Manifest, world: str, evaluation: EvaluationSection, artifacts: Artifacts) -> Comparison:

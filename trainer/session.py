@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
+_TOKEN = secrets.token_hex(32)  # one a process: Ray reads it once
+_RAY = {"RAY_AUTH_MODE": "token", "RAY_TRAIN_V2_ENABLED": "1"}
 _LOCAL_RAY = {
-    "RAY_AUTH_MODE": "disabled",  # it ends with this process, on the loopback interface
+    "RAY_AUTH_TOKEN": _TOKEN,  # whoever can reach the ports still needs it
     "RAY_worker_niceness": "0",  # the default, 15, starves training beside anything else
     "RAY_worker_maximum_startup_concurrency": "8",  # by default one process a core; a run's small actors mostly wait
     # On one machine nothing is preempted and nobody scrapes metrics; these cost seconds of imports a stage.
@@ -27,14 +31,24 @@ def ray_session() -> Iterator[None]:
     A local one offers at least four slots: workers and teachers are one thread each and take turns, so two cores stay busy with four.
     """
     local = "RAY_ADDRESS" not in os.environ
-    for name, value in (_LOCAL_RAY if local else {"RAY_AUTH_MODE": "token"}).items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    ray.init(
-        num_cpus=max(4, os.cpu_count() or 1) if local else None, include_dashboard=False,
-        log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
-    )  # fmt: skip
+    with _environment(_RAY | _LOCAL_RAY if local else _RAY):
+        where: dict[str, Any] = (
+            {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "_node_ip_address": "127.0.0.1"} if local else {}
+        )
+        ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Variables that Ray's processes inherit, where the user has not set them; a server started later is not to have them."""
+    ours = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        ray.shutdown()
+        for name in ours:
+            os.environ.pop(name, None)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from sdxs.errors import AlreadyExists, NotFound
 from sdxs.settings import Settings
 from tests.models import tiny_recipe, tiny_teacher
-from trainer.distill import Distillation
+from trainer.distill import Distillation, teacher_folder
 from trainer.launch import Cluster
 from trainer.recipe import DistillRecipe
 
@@ -31,7 +32,7 @@ def plan(data: dict[str, Any], folder: Path) -> dict[str, str]:
     ("section", "again"),
     [
         ("pairs", {"pairs", *STAGES}),
-        ("compositions", {"compositions", "unet", "warmup", "diff_instruct"}),
+        ("compositions", {"compositions", *STAGES}),
         ("decoder", {"decoder"}),
         ("unet", {"unet", "warmup", "diff_instruct"}),
         ("warmup", {"warmup", "diff_instruct"}),
@@ -47,12 +48,30 @@ def test_a_change_reaches_what_reads_it_and_nothing_else(teacher: Path, tmp_path
     assert {name for name in before if before[name] != after[name]} == again
 
 
+def test_what_is_not_a_bundle_is_not_replaced(teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "photos").mkdir(parents=True)
+    settings = Settings(store_url=f"file://{tmp_path}/store", cache_dir=tmp_path / "cache")
+    distillation = Distillation(DistillRecipe.model_validate(tiny_recipe(teacher)), settings, Cluster(), lambda *_: None)
+    with pytest.raises(AlreadyExists, match="not a bundle"):  # before any stage, and so before Ray
+        distillation.run(output)
+    assert (output / "photos").is_dir()
+
+
+def test_only_a_bare_name_is_an_embedded_teacher(tmp_path: Path) -> None:
+    own = tiny_teacher(tmp_path / "my-teacher")
+    assert teacher_folder(str(own)) == own.resolve()
+    assert teacher_folder("scenes-teacher").parts[-3:] == ("assets", "scenes", "teacher")
+    with pytest.raises(NotFound, match="photos-teacher"):
+        teacher_folder("photos-teacher")
+
+
 def test_a_recipe_without_compositions_draws_none(teacher: Path, tmp_path: Path) -> None:
     data = tiny_recipe(teacher)
     without = {name: value for name, value in data.items() if name != "compositions"}
     before, after = plan(data, tmp_path), plan(without, tmp_path)
     assert "compositions" not in after
-    assert before["decoder"] == after["decoder"] and before["unet"] != after["unet"]
+    assert before["pairs"] == after["pairs"] and before["unet"] != after["unet"]
 
 
 def test_other_weights_of_the_teacher_make_everything_again(teacher: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Oracle(JudgeNet):
 
 def test_scenes_count_as_right_when_all_attributes_are() -> None:
     world = ScenesWorld()
-    judge, captions = Judge(Oracle(world), world), world.captions("heldout")
+    judge, captions = Judge(Oracle(world), world, 1.0), world.captions("heldout")
     images = world.reference_images(captions)
     right = judge.score(images, captions)
     assert (right.top1, right.top5) == (1.0, None)
@@ -86,7 +86,7 @@ def test_scenes_count_as_right_when_all_attributes_are() -> None:
 def test_emoji_are_ranked_among_all_of_them() -> None:
     world = get_world("emoji")
     torch.manual_seed(0)
-    judge = Judge(JudgeNet(world.heads, width=4).eval(), world)
+    judge = Judge(JudgeNet(world.heads, width=4).eval(), world, 0.0)
     everything = [*world.captions("train"), *world.captions("heldout")]
     captions = world.captions("train")[::40]
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdxs.errors import InvalidRequest, NotFound
-from trainer.recipe import DistillRecipe, TeacherRecipe, built_in, digest, load
+from trainer.recipe import DistillRecipe, TeacherRecipe, built_in, digest, load, of_bundle
 from trainer.worlds.base import get_world
 
 SCENES = (resources.files("trainer.recipes") / "scenes.toml").read_text(encoding="utf8")
@@ -58,6 +58,7 @@ def test_built_in_recipe_is_what_its_file_says(name: str) -> None:
         ("steps = 900", 'steps = "many"', "recipe.unet.steps"),
         ("alpha = [0.95, 0.7]", "alpha = [0.95]", "recipe.diff_instruct.alpha.1"),
         ("steps = 900", "steps = 900\nrestarts = [900]", "recipe.unet"),
+        ("steps = 900", "steps = 20", "recipe.unet"),  # ends before its warm-up
         ('world = "scenes"', "", "recipe.world"),
         ('kind = "distill"', 'kind = "distil"', "recipe.kind"),
         ('kind = "distill"', "", "recipe.kind"),
@@ -68,6 +69,26 @@ def test_a_mistake_names_its_field(tmp_path: Path, old: str, new: str, field: st
     with pytest.raises(InvalidRequest) as caught:
         load(write(tmp_path, SCENES.replace(old, new, 1)))
     assert caught.value.field == field
+
+
+def test_what_ships_carries_the_recipe_of_its_name() -> None:
+    shipped = [path.parent for path in Path(str(resources.files("sdxs.bundles"))).glob("*/bundle.json")]
+    assert [folder.name for folder in shipped] == ["emoji"]
+    for folder in shipped:
+        assert (
+            digest(of_bundle(folder))
+            == digest(load(folder.name))
+            == json.loads((folder / "bundle.json").read_text())["recipe_hash"]
+        )
+
+
+def test_a_bundle_without_a_readable_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"recipe\.json"):
+        of_bundle(tmp_path)
+    (tmp_path / "recipe.json").write_text('{"kind": "distill", "name": 3}')
+    with pytest.raises(InvalidRequest) as caught:
+        of_bundle(tmp_path)
+    assert caught.value.field.startswith("recipe.")
 
 
 def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdxs.errors import InvalidRequest
 from trainer.worlds import emoji, emoji_list
 from trainer.worlds.base import get_world
 from trainer.worlds.scenes import ATTRIBUTES, COLOURS, GROUNDS, PLACES, ScenesWorld, caption, draw
@@ -37,7 +38,7 @@ def test_each_caption_has_its_own_reference_image(name: str) -> None:
 
 
 def test_an_unknown_world_lists_the_known() -> None:
-    with pytest.raises(KeyError, match="known are emoji, scenes"):
+    with pytest.raises(InvalidRequest, match=r"recipe\.world.*photos.*one of emoji, scenes"):
         get_world("photos")
 
 

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from sdxs.errors import InvalidRequest
+
 
 class World(Protocol):
     """A captioned image distribution. Images are uint8 RGB, shape (N, H, W, 3)."""
@@ -44,12 +46,12 @@ def get_world(name: str) -> World:
     """The world of a name.
 
     Raises:
-        KeyError: there is no such world.
+        InvalidRequest: there is no such world.
     """
     from trainer.worlds.emoji import EmojiWorld
     from trainer.worlds.scenes import ScenesWorld
 
     worlds: dict[str, type[World]] = {"emoji": EmojiWorld, "scenes": ScenesWorld}
     if name not in worlds:
-        raise KeyError(f"world {name!r}: known are {', '.join(worlds)}")
+        raise InvalidRequest("recipe.world", name, f"one of {', '.join(worlds)}")
     return worlds[name]()
