@@ -96,14 +96,20 @@ class Judge:
         return torch.cat(parts).double().numpy()
 
     @torch.no_grad()
+    def logits(self, image_BHWC: np.ndarray) -> dict[str, np.ndarray]:
+        """What it answers, per head, shape (N, classes)."""
+        features_NF = torch.from_numpy(self.features(image_BHWC)).float()
+        return {head: values.numpy() for head, values in self.net.logits(features_NF).items()}
+
+    @torch.no_grad()
     def score(self, image_BHWC: np.ndarray, captions: list[str]) -> Scores:
         """Top-1/top-5 retrieval among all real emoji (or all attributes right), and Frechet distance to the captions' real images."""
         features_NF = self.features(image_BHWC)
         frechet = frechet_distance(features_NF, self.features(self.world.reference_images(captions)))
         labels = self.world.labels(captions)
         if not self.world.retrieval:
-            logits = self.net.logits(torch.from_numpy(features_NF).float())
-            right = np.stack([logits[h].argmax(-1).numpy() == labels[:, i] for i, h in enumerate(self.world.heads)])
+            logits = self.logits(image_BHWC)
+            right = np.stack([logits[h].argmax(-1) == labels[:, i] for i, h in enumerate(self.world.heads)])
             return Scores(float(right.all(0).mean()), None, frechet)
         everything = [c for split in ("train", "heldout") for c in self.world.captions(split)]
         gallery_NF = self.features(self.world.reference_images(everything))

@@ -77,7 +77,7 @@ class PoolClient:
 
 
 class TeacherPool:
-    """Owns the actors. Use as a context manager: they end with it."""
+    """Owns the actors."""
 
     def __init__(self, folder: Path, size: int, *, cpus: float = 1.0, threads: int = 1) -> None:
         options = {"num_cpus": cpus, "max_restarts": -1, "max_task_retries": RETRIES}
@@ -96,9 +96,3 @@ class TeacherPool:
     def close(self) -> None:
         for member in self.members:
             ray.kill(member)
-
-    def __enter__(self) -> TeacherPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -10,6 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sdxs import bundle, registry
+from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer import teacher_stages
@@ -52,8 +53,16 @@ def train_teacher(recipe: TeacherRecipe, output: Path) -> None:
     """Judge, autoencoder and denoiser, one after the other in this process; each resumes from its last checkpoint.
 
     Plain processes, not Ray: a teacher is given in a distillation, and this one is small.
+
+    Raises:
+        InvalidRequest: `output` holds a run of another recipe, which would go on under this one's name.
     """
     output.mkdir(parents=True, exist_ok=True)
+    begun, mine = output / "runs" / "recipe.json", recipe.model_dump_json(indent=1) + "\n"
+    if begun.exists() and begun.read_text(encoding="utf8") != mine:
+        raise InvalidRequest("output", str(output), f"a new folder: {begun} is of another recipe")
+    begun.parent.mkdir(exist_ok=True)
+    begun.write_text(mine, encoding="utf8")
     for name in teacher_stages.ORDER:
         run_folder = output / "runs" / name
         run_local(teacher_stages.build(recipe, name, output), run_folder)

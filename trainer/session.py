@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 
+START_ATTEMPTS = 3
 _TOKEN = secrets.token_hex(32)  # one a process: Ray reads it once
-_RAY = {"RAY_AUTH_MODE": "token", "RAY_TRAIN_V2_ENABLED": "1"}
+_RAY = {"RAY_TRAIN_V2_ENABLED": "1"}
 _LOCAL_RAY = {
     "RAY_AUTH_TOKEN": _TOKEN,  # whoever can reach the ports still needs it
     "RAY_worker_niceness": "0",  # the default, 15, starves training beside anything else
@@ -32,14 +33,24 @@ def ray_session() -> Iterator[None]:
     """
     local = "RAY_ADDRESS" not in os.environ
     with _environment(_RAY | _LOCAL_RAY if local else _RAY):
-        where: dict[str, Any] = (
-            {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "_node_ip_address": "127.0.0.1"} if local else {}
-        )
-        ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+        where: dict[str, Any] = {"address": "local", "num_cpus": max(4, os.cpu_count() or 1)} if local else {}
+        _start(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _start(**options: Any) -> None:
+    """`ray.init`, again when its agent took too long: Ray gives it 15 seconds, whatever the machine is doing (ray#65983)."""
+    for left in reversed(range(START_ATTEMPTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 @contextmanager

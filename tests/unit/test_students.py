@@ -95,6 +95,20 @@ def test_one_layer_teacher_keeps_its_layers() -> None:
     assert kept_layers(2, 2) == [0, 1]
 
 
+def test_the_block_map_holds_at_the_real_size() -> None:
+    """SD 2.1 on the meta device: `shrink` refuses a kept layer of another shape, and so does the map written here."""
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel.from_config(SD21)
+        student = shrink(teacher)
+        small = UNet2DConditionModel.from_config(SMALL)
+    assert sum(p.numel() for p in student.parameters()) == 318_695_364
+    assert teacher.state_dict().keys() == small.state_dict().keys()  # so what holds for the small one's names holds here
+    theirs = {name: value.shape for name, value in teacher.state_dict().items()}
+    for name, value in student.state_dict().items():
+        [module] = [module for module in ORIGIN if name.startswith(f"{module}.")]
+        assert value.shape == theirs[ORIGIN[module] + name.removeprefix(module)]
+
+
 def forward(network: UNet2DConditionModel, names: list[str]) -> list[Tensor]:
     tap = FeatureTap(network, names)
     generator = torch.Generator().manual_seed(1)

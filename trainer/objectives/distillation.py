@@ -11,8 +11,8 @@ from torch.nn import functional as F
 def output_distillation(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
     """L_OKD = E|| s_theta - s_phi ||^2 (eq. 6), on network outputs.
 
-    The score is s = -eps/sigma_t, so the output difference is the score difference times sigma_t: BK-SDM's weighting, which keeps
-    small t from dominating.
+    BK-SDM's weighting, which keeps small t from dominating. With s = -eps/sigma_t, a difference of outputs is one of scores times
+    sigma_t where the network predicts eps, times sigma_t/alpha_t where it predicts v = alpha_t eps - sigma_t x0.
     """
     return F.mse_loss(student_BCHW, teacher_BCHW)
 
