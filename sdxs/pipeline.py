@@ -23,9 +23,14 @@ class OneStepPipeline:
 
     @classmethod
     def from_bundle(cls, reference: str | Path = "emoji", settings: Settings | None = None) -> OneStepPipeline:
-        """Load a bundle by name, `name@pointer`, digest or folder. Raises NotFound, CorruptArtifact."""
+        """Load a bundle by name, `name@pointer` or digest, or from a folder (a `Path`, or text with a `/` in it).
+
+        Raises:
+            NotFound, CorruptArtifact, InvalidRequest.
+        """
         settings = settings or Settings()
-        folder, manifest = registry.open_model(str(reference), settings)
+        text = str(reference.absolute()) if isinstance(reference, Path) else reference
+        folder, manifest = registry.open_model(text, settings)
         return cls(
             manifest,
             TextEncoder.from_bundle(folder, settings),

@@ -226,6 +226,7 @@ def _published(digest: str, store: ObjectStore) -> Manifest:
 def _open_folder(folder: Path) -> tuple[Path, Manifest]:
     if not folder.is_dir():
         raise NotFound(f"there is no folder {str(folder)!r}")
+    folder = folder.absolute()  # a relative one may read as a name to whoever opens it next
     if (folder / MANIFEST).is_file():
         return folder, bundle.read(folder)
     return folder, Manifest.from_diffusers(folder)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxs.errors import InvalidRequest
@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     s3_secure: bool = False
     s3_region: str = "us-east-1"
     redis_url: str = "redis://127.0.0.1:6379/0"
-    gateway_address: str = "127.0.0.1:8500"
+    gateway_address: str = Field("127.0.0.1:8500", pattern=r"^.+:\d{1,5}$")
     cache_dir: Path = cache_home()
     torch_threads: int = 1
 

@@ -1,4 +1,4 @@
-"""The two steps of the queue that must be one: look and queue, look and claim. Lua, run by Redis."""
+"""The steps of the queue that must be one: look and queue, look and claim, look and end. Lua, run by Redis."""
 
 # KEYS: stream, job. ARGV: id, fingerprint of what was asked, request, time, most entries.
 SUBMIT = """
@@ -19,4 +19,15 @@ local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
 if #pending == 0 or pending[1][2] ~= ARGV[2] then return 0 end
 redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'IDLE', ARGV[4], 'JUSTID')
 return 1
+"""
+
+# KEYS: stream, job. ARGV: group, entry, state, outcome, time, seconds to keep the job.
+FINISH = """
+local state = redis.call('HGET', KEYS[2], 'state')
+if state and state ~= 'JOB_STATE_SUCCEEDED' and state ~= 'JOB_STATE_FAILED' then
+  redis.call('HSET', KEYS[2], 'state', ARGV[3], 'outcome', ARGV[4], 'finished', ARGV[5])
+  redis.call('EXPIRE', KEYS[2], ARGV[6])
+end
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('XDEL', KEYS[1], ARGV[2])
 """

@@ -9,6 +9,7 @@ Idempotent: a job is its id; sent again it is found, done again it writes the sa
 """
 
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ from redis.exceptions import ResponseError
 
 from sdxs.errors import AlreadyExists, NotFound, Overloaded
 from sdxs.v1 import gateway_pb2
-from services.fabric.job_scripts import HEARTBEAT, SUBMIT
+from services.fabric.job_scripts import FINISH, HEARTBEAT, SUBMIT
 from services.settings import ServingSettings
 
 GROUP = "workers"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class JobQueue:
         self._prefix = prefix
         self._submit = redis.register_script(SUBMIT)
         self._heartbeat = redis.register_script(HEARTBEAT)
+        self._finish = redis.register_script(FINISH)
 
     def _key(self, job_id: str) -> str:
         return f"{self._prefix}:job:{job_id}"
@@ -100,7 +103,11 @@ class JobQueue:
             found = await self._redis.xreadgroup(GROUP, consumer, streams, count=1, block=max(1, int(wait_s * 1000)))
             entries = found[0][1] if found else []
         for entry, fields in entries:
-            return await self._deliver(entry, fields[b"job"].decode())
+            if b"job" not in fields:
+                logger.warning("dropped an entry of %s that names no job: %r", self._stream, fields)
+                await self._forget(entry)
+                return None
+            return await self._deliver(entry, fields[b"job"].decode(errors="replace"))
         return None
 
     async def _deliver(self, entry: bytes, job_id: str) -> Delivery | None:
@@ -145,14 +152,12 @@ class JobQueue:
         await self.refuse(delivery, gateway_pb2.JobError(code="ABORTED", message=message))
 
     async def _end(self, delivery: Delivery, state: str, outcome: gateway_pb2.GetJobResponse) -> None:
-        """State, outcome, acknowledgement: all or nothing."""
-        key = self._key(delivery.job_id)
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(key, mapping={"state": state, "outcome": outcome.SerializeToString(), "finished": time.time()})
-            pipe.expire(key, self._settings.job_ttl_s)
-            pipe.xack(self._stream, GROUP, delivery.entry)
-            pipe.xdel(self._stream, delivery.entry)
-            await pipe.execute()
+        """State, outcome, acknowledgement: all or nothing. The first end of a job is its end."""
+        keys = [self._stream, self._key(delivery.job_id)]
+        await self._finish(
+            keys=keys,
+            args=[GROUP, delivery.entry, state, outcome.SerializeToString(), time.time(), self._settings.job_ttl_s],
+        )
 
     async def _forget(self, entry: bytes) -> None:
         """Take an entry off the stream."""

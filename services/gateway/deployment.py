@@ -26,7 +26,14 @@ class GatewayReplica(Replica):
         settings = ServingSettings()
         _, manifest = await asyncio.to_thread(registry.open_model, model, settings)
         text, unet, decoder = self._peers = [
-            PeerSet(f"sdxs.v1.{name}", broadcast(handle), manifest.digest, settings.refresh_s, settings.patience_s)
+            PeerSet(
+                f"sdxs.v1.{name}",
+                broadcast(handle),
+                manifest.digest,
+                settings.refresh_s,
+                settings.patience_s,
+                settings.max_message_bytes,
+            )
             for name, handle in zip(_STAGES, stages, strict=True)
         ]
         for peers in self._peers:

@@ -18,7 +18,14 @@ class WorkerReplica:
 
     async def __init__(self, gateway: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
-        self._gateways = PeerSet("sdxs.v1.GatewayService", broadcast(gateway), "", settings.refresh_s, settings.patience_s)
+        self._gateways = PeerSet(
+            "sdxs.v1.GatewayService",
+            broadcast(gateway),
+            "",
+            settings.refresh_s,
+            settings.patience_s,
+            settings.max_message_bytes,
+        )
         self._gateways.open()
         self._queue = open_queue(settings)
         self._worker = Worker(self._queue, lambda: open_store(settings), self._generate, settings)

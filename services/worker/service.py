@@ -72,7 +72,7 @@ class Worker:
         try:
             await self._queue.succeed(delivery, await self._make(delivery))
         except (InvalidRequest, NotFound) as error:
-            field = error.field if isinstance(error, InvalidRequest) else ""
+            field = getattr(error, "field", "")
             await self._queue.refuse(delivery, gateway_pb2.JobError(code=error.code, message=str(error), field=field))
         except RedisError:
             raise
@@ -81,14 +81,19 @@ class Worker:
             await self._queue.retry(delivery, self._consumer, f"{type(error).__name__}: {error}")
         finally:
             heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError, RedisError):
+            with contextlib.suppress(asyncio.CancelledError):
                 await heart
 
     async def _beat(self, delivery: Delivery) -> None:
         """Keep the job while it is in hand."""
         while True:
             await asyncio.sleep(self._visibility_s / 3)
-            if not await self._queue.keep(delivery, self._consumer):
+            try:
+                kept = await self._queue.keep(delivery, self._consumer)
+            except RedisError as error:  # the next beat may get through before the job is given away
+                logger.warning("no heartbeat for job %s: %s", delivery.job_id, error)
+                continue
+            if not kept:
                 logger.warning("job %s was given to another worker", delivery.job_id)
                 return
 

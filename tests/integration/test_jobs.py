@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, Unavailable
 from sdxs.store import FileStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
-from services.fabric.jobs import GROUP, JobQueue
+from services.fabric.jobs import GROUP, Delivery, JobQueue
 from services.settings import ServingSettings
 from services.worker.service import Generate, Worker
 
@@ -253,3 +254,46 @@ async def test_a_redis_that_forgot_everything_is_no_end(queue: JobQueue, redis: 
         await queue.submit("after", b"", REQUEST)
         assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
     assert [group["name"] for group in await redis.xinfo_groups("sdxs:jobs")] == [GROUP.encode()]
+
+
+async def test_a_missed_heartbeat_costs_nothing(queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis answers the second beat; the job is still this worker's and is done once."""
+    beats: list[bool] = []
+    keep = queue.keep
+
+    async def unsure(delivery: Delivery, consumer: str) -> bool:
+        if not beats:
+            beats.append(False)
+            raise RedisConnectionError("for a moment")
+        beats.append(await keep(delivery, consumer))
+        return beats[-1]
+
+    async def slow(payload: bytes, deadline: Deadline) -> bytes:
+        await asyncio.sleep(2 * VISIBILITY_S)
+        return await generated(payload, deadline)
+
+    monkeypatch.setattr(queue, "keep", unsure)
+    await queue.submit("slow", b"", REQUEST)
+    async with Working(queue, tmp_path, slow), Working(queue, tmp_path, slow):
+        job = await ended(queue, "slow")
+    assert (job.state, job.deliveries) == (gateway_pb2.JOB_STATE_SUCCEEDED, 1)
+    assert beats[:2] == [False, True]
+
+
+async def test_an_entry_that_names_no_job_is_dropped(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    await redis.xadd("sdxs:jobs", {"photo": "of a cat"})
+    await queue.submit("after", b"", REQUEST)
+    async with Working(queue, tmp_path):
+        assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
+    assert await redis.xlen("sdxs:jobs") == 0
+
+
+async def test_the_first_end_of_a_job_is_its_end(queue: JobQueue) -> None:
+    """A worker taken for dead comes back with its images after the job was given up."""
+    await queue.submit("late", b"", REQUEST)
+    delivery = await queue.take("worker", wait_s=0.1)
+    assert delivery is not None
+    await queue.bury(delivery, "it fell silent")
+    await queue.succeed(delivery, gateway_pb2.GetJobResponse())
+    job = await queue.get("late")
+    assert (job.state, job.error.code) == (gateway_pb2.JOB_STATE_FAILED, "ABORTED")

@@ -20,13 +20,13 @@ import pytest
 from sdxs import images, tensors
 from sdxs.client import AsyncClient, Client
 from sdxs.embedded import free_port
-from sdxs.errors import AlreadyExists, InvalidRequest, NotFound
+from sdxs.errors import AlreadyExists, Internal, InvalidRequest, NotFound
 from sdxs.pipeline import OneStepPipeline
 from sdxs.v1 import decoder_pb2, gateway_pb2, text_encoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.local import serve_local
 from services.settings import ServingSettings
-from services.unet.service import load
+from services.unet.service import UNetService, load
 from tests.serving import BAD_REQUESTS, INVALID, in_process, refusal
 
 PROMPT = "red apple"
@@ -119,8 +119,21 @@ def test_a_bad_job_names_its_field(address: str) -> None:
     assert (found.code, found.fields) == (INVALID, ("request.prompt",))
     found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="a"), request_id="no spaces"))
     assert (found.code, found.fields) == (INVALID, ("request_id",))
+    found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="a", model="other")))
+    assert (found.code, found.fields) == (grpc.StatusCode.NOT_FOUND, ("request.model",))
     found = refusal(address, "GetJob", b"")
     assert (found.code, found.fields) == (INVALID, ("job_id",))
+
+
+async def test_a_model_that_makes_nonsense_is_no_fault_of_its_caller(tiny_bundle: Path) -> None:
+    class Broken:
+        latent_shape, text_shape = (8, 4, 4), (16, 32)
+
+        def denoise(self, noise_BCHW: np.ndarray, text_BLD: np.ndarray) -> np.ndarray:
+            return np.full_like(noise_BCHW, np.nan)
+
+    with pytest.raises(Internal, match="not finite"):
+        await UNetService(Broken(), "d", ServingSettings()).warm()  # type: ignore[arg-type]
 
 
 def test_errors_reach_the_client_as_they_were_raised(client: Client) -> None:

@@ -69,6 +69,10 @@ def test_several_images_are_numbered(tiny_bundle: Path, tmp_path: Path, monkeypa
         (["models", "promote", "tiny", "sha256:12"], 2, "digest"),
         (["models", "rollback", "tiny"], 5, "no earlier bundle"),
         (["models", "publish", "/nowhere"], 3, "bundle.json"),
+        (["serve", "--port", "99999"], 2, "'--port': Input should be less than or equal to 65535"),
+        (["serve", "--port", "0"], 2, "'--port': Input should be greater than or equal to 1"),
+        (["eval", "emoji", "--images", "0"], 2, "'--images': Input should be greater than or equal to 2"),
+        (["train", "scenes", "--workers", "0"], 2, "'--workers': Input should be greater than or equal to 1"),
     ],
 )
 def test_refusals(
@@ -130,3 +134,9 @@ def test_a_missing_extra_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 5
     assert ended.stderr == 'sdxs: generate needs torch, which is not installed: pip install "sdxs[model]"\n'
+
+
+def test_an_address_without_a_port_is_refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SDXS_GATEWAY_ADDRESS", "localhost")
+    assert sdxs(monkeypatch, "serve") == 2
+    assert "SDXS_GATEWAY_ADDRESS: got 'localhost'" in capfd.readouterr().err

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from sdxs import bundle
+from sdxs import bundle, registry
 from sdxs.errors import CorruptArtifact, InvalidRequest
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
@@ -179,3 +179,13 @@ def test_an_unknown_decoder_class_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("AutoencoderTiny", "DiffusionPipeline"))
     with pytest.raises((InvalidRequest, CorruptArtifact), match="DiffusionPipeline"):
         OneStepPipeline.from_bundle(folder)
+
+
+def test_a_path_is_a_folder_and_never_a_name(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle in ./emoji must not be taken for the one that ships under that name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_bundle, tmp_path / "emoji")
+    for reference in (Path("emoji"), Path("./emoji"), "./emoji"):
+        assert OneStepPipeline.from_bundle(reference).manifest.name == "tiny"
+    folder, _ = registry.open_model("./emoji", Settings())
+    assert folder == tmp_path / "emoji"  # absolute: a replica elsewhere opens the same

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sdxs import bundle, registry
 from sdxs.errors import InvalidRequest, NotFound
 from trainer.recipe import DistillRecipe, TeacherRecipe, built_in, digest, load, of_bundle
 from trainer.worlds.base import get_world
@@ -72,14 +73,10 @@ def test_a_mistake_names_its_field(tmp_path: Path, old: str, new: str, field: st
 
 
 def test_what_ships_carries_the_recipe_of_its_name() -> None:
-    shipped = [path.parent for path in Path(str(resources.files("sdxs.bundles"))).glob("*/bundle.json")]
-    assert [folder.name for folder in shipped] == ["emoji"]
-    for folder in shipped:
-        assert (
-            digest(of_bundle(folder))
-            == digest(load(folder.name))
-            == json.loads((folder / "bundle.json").read_text())["recipe_hash"]
-        )
+    shipped = registry.packaged()
+    assert list(shipped) == ["emoji"]
+    for name, folder in shipped.items():
+        assert digest(of_bundle(folder)) == digest(load(name)) == bundle.read(folder).recipe_hash
 
 
 def test_a_bundle_without_a_readable_recipe_is_refused(tmp_path: Path) -> None:
