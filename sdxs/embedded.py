@@ -227,23 +227,23 @@ def missing(settings: Settings, folder: Path | None = None) -> Iterator[dict[str
     Raises AlreadyExists when another process runs servers on the same folder.
     """
     folder = folder or data_home() / "embedded"
+    advice = "another sdxs runs servers there; set SDXS_REDIS_URL and SDXS_STORE_URL to share them, or XDG_DATA_HOME"
     variables: dict[str, str] = {}
     with ExitStack() as stack:
         for field, name, start in (("redis_url", "redis", redis_server), ("store_url", "s3", s3_server)):
             if field not in settings.model_fields_set:
-                stack.enter_context(_alone_in(folder / name))
+                stack.enter_context(alone_in(folder / name, advice))
                 variables |= stack.enter_context(start(folder / name))
         yield variables
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Two servers on one folder would ruin its data; the lock goes when its holder does."""
+def alone_in(folder: Path, advice: str) -> Iterator[None]:
+    """Two servers on one folder would ruin its data; the lock goes when its holder does. Raises AlreadyExists, with `advice`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            advice = "another sdxs runs servers there; set SDXS_REDIS_URL and SDXS_STORE_URL to share them, or XDG_DATA_HOME"
             raise AlreadyExists(f"{folder} is in use: {advice}") from None
         yield

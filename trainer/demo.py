@@ -46,7 +46,8 @@ def run_demo(output: Path, quick: bool, ray_session: ExitStack) -> None:
     assert isinstance(recipe, DistillRecipe)
     start = time.perf_counter()
     state = output / "state"
-    with embedded.redis_server(state / "redis") as redis, embedded.s3_server(state / "s3") as s3:
+    alone = embedded.alone_in(state, "another demo runs there; name another folder with -o")
+    with alone, embedded.redis_server(state / "redis") as redis, embedded.s3_server(state / "s3") as s3:
         os.environ.update({**redis, **s3, "SDXS_CACHE_DIR": str((state / "cache").resolve())})
         settings = Settings()
         with Bars(console) as bars:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sdxs.bundle import read
@@ -20,10 +19,8 @@ from tests.models import tiny_recipe, tiny_teacher
 from trainer.artifacts import Artifacts
 from trainer.distill import Distillation, Result
 from trainer.launch import Cluster
-from trainer.pool import TeacherPool
 from trainer.recipe import DistillRecipe
 from trainer.session import ray_session
-from trainer.teacher import Denoise, InProcessTeacher, Teacher
 
 STEPS = 300
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -106,25 +103,3 @@ def test_the_bundle_generates_and_knows_where_it_comes_from(finished: Run) -> No
     assert manifest.dtype == "F16"
     [image] = OneStepPipeline.from_bundle(finished.folder / "bundle", finished.settings)("red circle", seed=3)
     assert image.size == (32, 32)
-
-
-def test_a_pool_survives_the_death_of_a_member_with_requests_in_flight(tmp_path: Path) -> None:
-    folder = tiny_teacher(tmp_path / "teacher")
-    generator = np.random.default_rng(0)
-    requests = [
-        Denoise(generator.standard_normal((2, 8, 4, 4)).astype(np.float32), np.array([3, 700 + i]), ["red circle", "a"], 2.0)
-        for i in range(24)
-    ]
-    with ray_session():
-        pool = TeacherPool(folder, 2)
-        client, before = pool.client(), pool.statistics()
-        pending = [client.submit(request) for request in requests]
-        os.kill(int(before[0]["pid"]), signal.SIGKILL)
-        replies = [reply.result() for reply in pending]
-        after = pool.statistics()
-        pool.close()
-    alone = InProcessTeacher(Teacher(folder))
-    for request, reply in zip(requests, replies, strict=True):
-        np.testing.assert_allclose(reply[0], alone.submit(request).result()[0], atol=2e-3)
-    assert after[0]["pid"] != before[0]["pid"] and after[1]["pid"] == before[1]["pid"]
-    assert client.outstanding == [0, 0]
