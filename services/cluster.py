@@ -27,7 +27,7 @@ _RAY_ENVIRONMENT = {
 
 @contextlib.contextmanager
 def local_cluster() -> Iterator[None]:
-    """Ray on this machine with a token of its own, for its ports are open to the network; leaving the block ends its processes and removes its files."""
+    """Ray on this machine, its ports guarded by a token of its own; leaving the block ends its processes and removes its files."""
     for name, value in {**_RAY_ENVIRONMENT, **REPLICA_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
