@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # as every command sets it; Ray reads it when the first test module imports it
 
 
 @pytest.fixture(scope="session")
