@@ -23,9 +23,9 @@ class OneStepPipeline:
 
     @classmethod
     def from_bundle(cls, reference: str | Path = "emoji", settings: Settings | None = None) -> OneStepPipeline:
-        """Load a bundle by name, `name@pointer`, digest or folder. Raises NotFound, CorruptArtifact."""
+        """Load a bundle by name, `name@pointer`, digest or folder; a Path is a folder. Raises NotFound, CorruptArtifact."""
         settings = settings or Settings()
-        folder, manifest = registry.open_model(str(reference), settings)
+        folder, manifest = registry.open_model(reference, settings)
         return cls(
             manifest,
             TextEncoder.from_bundle(folder, settings),

@@ -86,7 +86,7 @@ def _in_process(prompt: str, model: str, seed: int, n: int, kind: str, _server: 
     folder, _ = registry.open_model(model, settings)  # and so is a model that is not there
     from sdxs.pipeline import OneStepPipeline
 
-    pipeline = OneStepPipeline.from_bundle(folder.absolute(), settings)
+    pipeline = OneStepPipeline.from_bundle(folder, settings)
     made = pipeline(prompt, seed, n)
     name, digest = pipeline.manifest.name, pipeline.manifest.digest
     receipts = [images.receipt(prompt, one, name, digest) for one in image_seeds(seed, n)]
