@@ -6,13 +6,16 @@ Never what science (recipes), never how many (Helm values).
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxs.errors import InvalidRequest
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(?P<port>[0-9]{1,5})")
 
 
 def data_home() -> Path:
@@ -51,7 +54,17 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors()[0]
             name = "_".join(map(str, first["loc"])).upper()
-            raise InvalidRequest(f"SDXS_{name}", first["input"], first["msg"]) from error
+            allowed = first["msg"].removeprefix("Value error, ")  # pydantic's words before those of our own validators
+            raise InvalidRequest(f"SDXS_{name}", first["input"], allowed) from error
+
+    @field_validator("gateway_address")
+    @classmethod
+    def _has_a_port(cls, address: str) -> str:
+        """Port 0, any free one, is no address that clients could know."""
+        found = _ADDRESS.fullmatch(address)
+        if not found or not 1 <= int(found["port"]) <= 65535:
+            raise ValueError("host:port, with a port from 1 to 65535")
+        return address
 
     def environment(self) -> dict[str, str]:
         """The SDXS_* variables that make another process see the same settings. Holds secrets: never log it."""

@@ -26,7 +26,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def serve(
     model: Annotated[str, typer.Option(help="Name, name@pointer, sha256:digest, folder or s3:// bundle.")] = "emoji",
-    port: Annotated[int | None, typer.Option(help="Port of the gateway, in place of SDXS_GATEWAY_ADDRESS's.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the gateway, in place of SDXS_GATEWAY_ADDRESS's.")
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="One process, no Ray.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve config file and end.")] = False,
 ) -> None:
