@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
 
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, Unavailable
 from sdxs.store import FileStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
-from services.fabric.jobs import GROUP, JobQueue
+from services.fabric.jobs import GROUP, Delivery, JobQueue
 from services.settings import ServingSettings
 from services.worker.service import Generate, Worker
 
@@ -253,3 +254,84 @@ async def test_a_redis_that_forgot_everything_is_no_end(queue: JobQueue, redis: 
         await queue.submit("after", b"", REQUEST)
         assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
     assert [group["name"] for group in await redis.xinfo_groups("sdxs:jobs")] == [GROUP.encode()]
+
+
+class Blinking(JobQueue):
+    """A queue whose first heartbeat does not get through."""
+
+    heartbeats = 0
+
+    async def keep(self, delivery: Delivery, consumer: str) -> bool:
+        self.heartbeats += 1
+        if self.heartbeats == 1:
+            raise ConnectionError("a blip")
+        return await super().keep(delivery, consumer)
+
+
+async def test_one_lost_heartbeat_does_not_lose_the_job(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    async def slow(payload: bytes, deadline: Deadline) -> bytes:
+        await asyncio.sleep(2 * VISIBILITY_S)
+        return await generated(payload, deadline)
+
+    blinking = Blinking(redis, settings())
+    await queue.submit("slow", b"", REQUEST)
+    async with Working(blinking, tmp_path, slow):
+        while (await queue.get("slow")).state != gateway_pb2.JOB_STATE_RUNNING:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        async with Working(queue, tmp_path):
+            job = await ended(queue, "slow")
+    assert (job.state, job.deliveries) == (gateway_pb2.JOB_STATE_SUCCEEDED, 1)
+    assert blinking.heartbeats >= 3
+
+
+@pytest.mark.parametrize("fields", [{"other": "x"}, {"job": "nobody"}, {"job": b"\xff\xfe"}])
+async def test_a_broken_entry_is_dropped(
+    queue: JobQueue, redis: "Redis", tmp_path: Path, fields: dict[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    entry: Any = await redis.xadd("sdxs:jobs", fields)
+    await queue.submit("after", b"", REQUEST)
+    async with Working(queue, tmp_path):
+        assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
+    assert await redis.xlen("sdxs:jobs") == 0
+    assert f"entry {entry.decode()} of the queue is dropped" in caplog.text
+
+
+async def test_the_first_end_of_a_job_stands(redis: "Redis") -> None:
+    queue = JobQueue(redis, settings(job_max_deliveries=1))
+    await queue.open()
+    await queue.submit("late", b"", REQUEST)
+    late = await queue.take("late", wait_s=0.1)
+    assert late is not None
+    await asyncio.sleep(VISIBILITY_S + 0.1)
+    assert await queue.take("other", wait_s=0.1) is None, "buried: delivered once already"
+    failed = await queue.get("late")
+    assert failed.state == gateway_pb2.JOB_STATE_FAILED
+    assert not await queue.succeed(late, gateway_pb2.GetJobResponse())
+    assert await queue.get("late") == failed
+
+
+async def test_a_forgotten_job_does_not_come_back_as_half_a_job(queue: JobQueue, redis: "Redis") -> None:
+    await queue.submit("forgotten", b"", REQUEST)
+    delivery = await queue.take("worker", wait_s=0.1)
+    assert delivery is not None
+    await redis.flushall()
+    await queue.open()
+    assert not await queue.succeed(delivery, gateway_pb2.GetJobResponse())
+    await queue.retry(delivery, "worker", "why not")
+    with pytest.raises(NotFound):
+        await queue.get("forgotten")
+
+
+async def test_a_worker_that_stops_leaves_the_group(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    async def consumers() -> list[bytes]:
+        return [consumer["name"] for consumer in await redis.xinfo_consumers("sdxs:jobs", GROUP)]
+
+    await queue.submit("one", b"", REQUEST)
+    async with Working(queue, tmp_path):
+        await ended(queue, "one")
+        assert len(await consumers()) == 1
+    assert await consumers() == []
+    await queue.submit("two", b"", REQUEST)
+    assert await queue.take("busy", wait_s=0.1) is not None
+    await queue.leave("busy")
+    assert await consumers() == [b"busy"], "its job would be lost with it"
