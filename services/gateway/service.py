@@ -118,6 +118,9 @@ class GatewayService:
             await self._chains[order.model.name].check_prompt(order.prompt, deadline.within(self._default_deadline_s))
         except InvalidRequest as error:
             raise InvalidRequest(f"request.{error.field}", error.value, error.allowed) from None
+        except checks.UnknownModel as error:
+            error.field = f"request.{error.field}"
+            raise
         chosen = gateway_pb2.GenerateRequest()
         chosen.CopyFrom(request.request)
         chosen.model, chosen.seed = order.model.name, order.seeds[0]

@@ -77,8 +77,7 @@ class Worker:
             if not await self._queue.succeed(delivery, await self._make(delivery)):
                 logger.warning("job %s was over before this worker had done it", delivery.job_id)
         except (InvalidRequest, NotFound) as error:
-            field = error.field if isinstance(error, InvalidRequest) else ""
-            await self._queue.refuse(delivery, gateway_pb2.JobError(code=error.code, message=str(error), field=field))
+            await self._queue.refuse(delivery, gateway_pb2.JobError(code=error.code, message=str(error), field=error.field))
         except RedisError:
             raise
         except Exception as error:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError
+from redis.exceptions import RedisError
 
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, Unavailable
 from sdxs.store import FileStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.jobs import GROUP, Delivery, JobQueue
+from services.gateway.checks import UnknownModel
 from services.settings import ServingSettings
 from services.worker.service import Generate, Worker
 
@@ -119,6 +120,7 @@ async def test_a_full_queue_refuses(redis: "Redis") -> None:
 DYING_WORKER = """
 import asyncio, sys
 from services.fabric.jobs import open_queue
+from services.gateway.checks import UnknownModel
 from services.settings import ServingSettings
 from services.worker.service import Worker
 
@@ -212,6 +214,16 @@ async def test_what_can_never_succeed_is_not_tried_again(queue: JobQueue, tmp_pa
     assert (job.error.code, job.error.field, job.deliveries) == ("INVALID_ARGUMENT", "prompt", 1)
 
 
+async def test_a_model_that_went_away_is_named(queue: JobQueue, tmp_path: Path) -> None:
+    async def elsewhere(_: bytes, __: Deadline) -> bytes:
+        raise UnknownModel("model 'old' is not served here; new is")
+
+    await queue.submit("old", b"", REQUEST)
+    async with Working(queue, tmp_path, elsewhere):
+        job = await ended(queue, "old")
+    assert (job.error.code, job.error.field, job.deliveries) == ("NOT_FOUND", "model", 1)
+
+
 async def test_a_worker_that_lost_its_job_knows(queue: JobQueue) -> None:
     await queue.submit("contested", b"", REQUEST)
     first = await queue.take("first", wait_s=0.1)
@@ -264,7 +276,7 @@ class Blinking(JobQueue):
     async def keep(self, delivery: Delivery, consumer: str) -> bool:
         self.heartbeats += 1
         if self.heartbeats == 1:
-            raise ConnectionError("a blip")
+            raise RedisError("a blip")
         return await super().keep(delivery, consumer)
 
 

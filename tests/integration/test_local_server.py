@@ -27,7 +27,7 @@ from services.fabric.deadline import Deadline
 from services.local import serve_local
 from services.settings import ServingSettings
 from services.unet.service import load
-from tests.serving import BAD_REQUESTS, INVALID, in_process, refusal
+from tests.serving import BAD_REQUESTS, INVALID, MISSING, in_process, refusal
 
 PROMPT = "red apple"
 
@@ -117,6 +117,8 @@ def test_a_bad_job_names_its_field(address: str) -> None:
 
     found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="")))
     assert (found.code, found.fields) == (INVALID, ("request.prompt",))
+    found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="a", model="nobody")))
+    assert (found.code, found.fields) == (MISSING, ("request.model",))
     found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="a"), request_id="no spaces"))
     assert (found.code, found.fields) == (INVALID, ("request_id",))
     found = refusal(address, "GetJob", b"")
@@ -130,8 +132,9 @@ def test_errors_reach_the_client_as_they_were_raised(client: Client) -> None:
     with pytest.raises(InvalidRequest) as caught:
         client.generate(PROMPT, seed=2**64)
     assert caught.value.field == "seed"
-    with pytest.raises(NotFound, match="tiny"):
+    with pytest.raises(NotFound, match="tiny") as missing:
         client.generate(PROMPT, model="other")
+    assert missing.value.field == "model"
     with pytest.raises(NotFound):
         client.get_job("never-submitted")
 
