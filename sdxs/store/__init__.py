@@ -25,7 +25,7 @@ class ObjectStore(Protocol):
     Every method raises Unavailable when the store cannot be reached and PermissionDenied when it refuses the credentials.
     """
 
-    def put_bytes(self, key: str, data: bytes, content_type: str = ..., metadata: dict[str, str] | None = ...) -> None:
+    def put_bytes(self, key: str, data: bytes, content_type: str = ...) -> None:
         """Write an object; readers see the old or the new one, never half."""
         ...
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import urllib3
 from minio import Minio
@@ -70,11 +69,8 @@ class S3Store:
             if not client.bucket_exists(bucket):
                 self._make_bucket()
 
-    def put_bytes(
-        self, key: str, data: bytes, content_type: str = "application/octet-stream", metadata: dict[str, str] | None = None
-    ) -> None:
+    def put_bytes(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         marks: dict[str, Any] = {_SHA256: hashlib.sha256(data).hexdigest()}
-        marks |= {f"x-amz-meta-{name}": quote(value) for name, value in (metadata or {}).items()}
         with _translated(key):
             self.client.put_object(
                 self.bucket, self._key(key), io.BytesIO(data), len(data), content_type=content_type, metadata=marks

@@ -25,8 +25,7 @@ class GatewayReplica(Replica):
         settings = ServingSettings()
         _, manifest = await asyncio.to_thread(registry.open_model, model, settings)
         text, unet, decoder = self._peers = [
-            replicas(f"sdxs.v1.{name}", handle, manifest.digest, settings)
-            for name, handle in zip(_STAGES, stages, strict=True)
+            replicas(f"sdxs.v1.{name}", handle, manifest.digest, settings) for name, handle in zip(_STAGES, stages, strict=True)
         ]
         for peers in self._peers:
             peers.open()

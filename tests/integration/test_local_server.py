@@ -215,3 +215,17 @@ async def test_a_latent_that_is_no_number_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await room.decode(decoder_pb2.DecodeRequest(latent=denoised), Deadline())
     assert caught.value.field == "latent.latent.data"
+
+
+async def test_a_server_that_stops_ends_its_threads(tiny_bundle: Path) -> None:
+    def devices() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("device")}
+
+    before = devices()
+    settings = ServingSettings(redis_url="", gateway_address=f"127.0.0.1:{free_port()}", drain_s=1)
+    async with serve_local(str(tiny_bundle), settings), AsyncClient(settings.gateway_address) as client:
+        await client.generate(PROMPT)
+        assert len(devices() - before) == 3
+    async with asyncio.timeout(5):
+        while devices() - before:  # noqa: ASYNC110 - threads know nothing of events
+            await asyncio.sleep(0.01)
