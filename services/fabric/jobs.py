@@ -93,6 +93,10 @@ class JobQueue:
             response.finished.FromNanoseconds(int(float(job[b"finished"]) * 1e9))
         return response
 
+    async def backlog(self) -> int:
+        """Jobs that wait or are in a worker's hands."""
+        return int(await self._redis.xlen(self._stream))
+
     async def take(self, consumer: str, wait_s: float) -> Delivery | None:
         """The next job: one whose worker fell silent, else a new one; None when none comes within `wait_s`."""
         idle_ms = int(self._settings.job_visibility_s * 1000)

@@ -33,6 +33,10 @@ class WorkerReplica:
         if self._running.done():
             raise RuntimeError("the worker's loop has ended")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load Serve cannot see, for services.fabric.scaling."""
+        return {"queued": float(await self._queue.backlog())}
+
     async def __del__(self) -> None:
         """Finish the job in hand; what does not end in time goes to another worker."""
         self._worker.stop()

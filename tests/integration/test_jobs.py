@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from services.fabric.deadline import Deadline
 from services.fabric.jobs import GROUP, Delivery, JobQueue
 from services.gateway.checks import UnknownModel
 from services.settings import ServingSettings
+from services.worker.deployment import WorkerReplica
 from services.worker.service import Generate, Worker
 
 VISIBILITY_S = 1.5  # well above what a busy machine takes between two heartbeats
@@ -122,6 +124,7 @@ import asyncio, sys
 from services.fabric.jobs import open_queue
 from services.gateway.checks import UnknownModel
 from services.settings import ServingSettings
+from services.worker.deployment import WorkerReplica
 from services.worker.service import Worker
 
 async def never(payload, deadline):
@@ -347,3 +350,15 @@ async def test_a_worker_that_stops_leaves_the_group(queue: JobQueue, redis: "Red
     assert await queue.take("busy", wait_s=0.1) is not None
     await queue.leave("busy")
     assert await consumers() == [b"busy"], "its job would be lost with it"
+
+
+async def test_a_worker_tells_how_many_jobs_have_not_ended(queue: JobQueue, tmp_path: Path) -> None:
+    replica: Any = SimpleNamespace(_queue=queue)
+    for name in ("a", "b", "c"):
+        await queue.submit(name, b"", REQUEST)
+    await queue.take("worker", wait_s=0.1)
+    assert await WorkerReplica.record_autoscaling_stats(replica) == {"queued": 3.0}
+    async with Working(queue, tmp_path):
+        for name in ("a", "b", "c"):
+            await ended(queue, name)
+    assert await WorkerReplica.record_autoscaling_stats(replica) == {"queued": 0.0}

@@ -20,17 +20,26 @@ from services.gateway.checks import Order, ServedModel, UnknownModel
 from services.gateway.health import keep_health
 
 
-@pytest.mark.parametrize(
-    ("in_flight", "wanted"), [([], 1), ([0.0, 0.0], 1), ([4.0], 1), ([4.1], 2), ([8.0, 8.0], 4), ([100.0, 100.0], 5)]
-)
-def test_replicas_follow_the_calls_in_flight(in_flight: list[float], wanted: int) -> None:
-    context: Any = SimpleNamespace(
-        aggregated_metrics={"in_flight": dict(enumerate(in_flight))},
+def scaling_context(**metrics: dict[int, float]) -> Any:
+    """1 to 5 replicas, 4 calls or jobs to each."""
+    return SimpleNamespace(
+        aggregated_metrics=metrics,
         config=AutoscalingConfig(target_ongoing_requests=4),
         capacity_adjusted_min_replicas=1,
         capacity_adjusted_max_replicas=5,
     )
-    assert follow_load(context)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "wanted"), [([], 1), ([0.0, 0.0], 1), ([4.0], 1), ([4.1], 2), ([8.0, 8.0], 4), ([100.0, 100.0], 5)]
+)
+def test_replicas_follow_the_calls_in_flight(in_flight: list[float], wanted: int) -> None:
+    assert follow_load(scaling_context(in_flight=dict(enumerate(in_flight))))[0] == wanted
+
+
+@pytest.mark.parametrize(("queued", "wanted"), [([0.0], 1), ([4.0], 1), ([9.0], 3), ([9.0, 9.0, 8.0], 3), ([100.0], 5)])
+def test_workers_follow_the_one_queue_they_share(queued: list[float], wanted: int) -> None:
+    assert follow_load(scaling_context(queued=dict(enumerate(queued))))[0] == wanted
 
 
 def test_the_prompt_cache_keeps_what_was_used_last() -> None:
