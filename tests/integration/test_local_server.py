@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import inspect
 import io
 import json
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from sdxs import images, tensors
 from sdxs.client import AsyncClient, Client
 from sdxs.embedded import free_port
-from sdxs.errors import AlreadyExists, InvalidRequest, NotFound
+from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Unavailable
 from sdxs.pipeline import OneStepPipeline
 from sdxs.v1 import decoder_pb2, gateway_pb2, text_encoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
@@ -167,6 +168,8 @@ def test_a_job_sent_twice_is_one_job(client: Client) -> None:
 
 async def test_the_async_client_does_the_same(address: str, tiny_bundle: Path) -> None:
     async with AsyncClient(address) as client:
+        await client.wait_ready(timeout=5)
+        assert await client.ready()
         served = await client.generate(PROMPT, seed=7, format="png")
         job = await client.wait_job(await client.submit_job(PROMPT, seed=7, format="png"))
         assert [model.name for model in await client.list_models()] == ["tiny"]
@@ -175,6 +178,23 @@ async def test_the_async_client_does_the_same(address: str, tiny_bundle: Path) -
     expected = in_process(tiny_bundle, PROMPT, 7, images.PNG)
     assert served.images[0].data == expected
     assert job.images[0].sha256 == hashlib.sha256(expected).hexdigest()
+
+
+async def test_both_clients_say_that_nobody_serves() -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    async with AsyncClient(nowhere) as client:
+        assert not await client.ready()
+        with pytest.raises(Unavailable, match="not SERVING after"):
+            await client.wait_ready(timeout=0.2)
+    with Client(nowhere) as blocking, pytest.raises(Unavailable, match="not SERVING after"):
+        await asyncio.to_thread(blocking.wait_ready, 0.2)
+
+
+def test_the_async_client_has_all_that_the_blocking_one_has() -> None:
+    def public(client: type) -> dict[str, object]:
+        return {name: inspect.signature(method) for name, method in vars(client).items() if not name.startswith("_")}
+
+    assert public(AsyncClient) == public(Client)
 
 
 def test_a_foreign_client_finds_its_way_by_reflection(address: str) -> None:
