@@ -174,14 +174,20 @@ class AsyncClient:
         answer = await self._call("Generate", request(prompt, options), timeout)
         return _generated(gateway_pb2.GenerateResponse.FromString(answer))
 
-    async def submit_job(self, prompt: str, request_id: str = "", **options: Unpack[Options]) -> str:
+    async def submit_job(
+        self,
+        prompt: str,
+        request_id: str = "",
+        timeout: float = 10.0,  # noqa: ASYNC109
+        **options: Unpack[Options],
+    ) -> str:
         """See Client.submit_job."""
         message = gateway_pb2.SubmitJobRequest(request=request(prompt, options), request_id=request_id)
-        return gateway_pb2.SubmitJobResponse.FromString(await self._call("SubmitJob", message, 10.0)).job_id
+        return gateway_pb2.SubmitJobResponse.FromString(await self._call("SubmitJob", message, timeout)).job_id
 
-    async def get_job(self, job_id: str) -> Job:
+    async def get_job(self, job_id: str, timeout: float = 10.0) -> Job:  # noqa: ASYNC109
         """See Client.get_job."""
-        return Job.FromString(await self._call("GetJob", gateway_pb2.GetJobRequest(job_id=job_id), 10.0))
+        return Job.FromString(await self._call("GetJob", gateway_pb2.GetJobRequest(job_id=job_id), timeout))
 
     async def wait_job(self, job_id: str, timeout: float = 120.0) -> Job:  # noqa: ASYNC109
         """See Client.wait_job."""
@@ -195,10 +201,26 @@ class AsyncClient:
             await asyncio.sleep(pause)
         raise AssertionError("the pauses do not end")
 
-    async def list_models(self) -> list[gateway_pb2.Model]:
+    async def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:  # noqa: ASYNC109
         """See Client.list_models."""
-        answer = await self._call("ListModels", gateway_pb2.ListModelsRequest(), 10.0)
+        answer = await self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
         return list(gateway_pb2.ListModelsResponse.FromString(answer).models)
+
+    async def ready(self, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
+        """See Client.ready."""
+        check: Any = self._channel.unary_unary(_HEALTH)
+        try:
+            return bool(await check(b"", timeout=timeout) == _SERVING)
+        except grpc.RpcError:
+            return False
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109
+        """See Client.wait_ready."""
+        end = time.monotonic() + timeout
+        while not await self.ready():
+            if time.monotonic() > end:
+                raise Unavailable(f"the server is not SERVING after {timeout:g} s")
+            await asyncio.sleep(0.1)
 
     async def _call(self, name: str, message: Message, timeout: float) -> bytes:  # noqa: ASYNC109
         """One rpc. Raises SdxsError."""

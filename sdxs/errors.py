@@ -22,6 +22,8 @@ class SdxsError(Exception):
 
     code = "UNKNOWN"
     exit_code = 1
+    field = ""
+    """Of the request, where one is at fault."""
 
 
 class InvalidRequest(SdxsError):

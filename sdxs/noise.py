@@ -7,6 +7,8 @@ import numpy as np
 from sdxs.errors import InvalidRequest
 
 MAX_SEED = 2**64 - 1
+MAX_IMAGES = 16
+"""Of one request."""
 
 
 def latent_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:

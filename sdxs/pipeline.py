@@ -23,14 +23,9 @@ class OneStepPipeline:
 
     @classmethod
     def from_bundle(cls, reference: str | Path = "emoji", settings: Settings | None = None) -> OneStepPipeline:
-        """Load a bundle by name, `name@pointer` or digest, or from a folder (a `Path`, or text with a `/` in it).
-
-        Raises:
-            NotFound, CorruptArtifact, InvalidRequest.
-        """
+        """Load a bundle by name, `name@pointer`, digest or folder; a Path is a folder. Raises NotFound, CorruptArtifact."""
         settings = settings or Settings()
-        text = str(reference.absolute()) if isinstance(reference, Path) else reference
-        folder, manifest = registry.open_model(text, settings)
+        folder, manifest = registry.open_model(reference, settings)
         return cls(
             manifest,
             TextEncoder.from_bundle(folder, settings),

@@ -161,16 +161,18 @@ def listing(store: ObjectStore) -> list[Listed]:
     return found
 
 
-def open_model(reference: str, settings: Settings) -> tuple[Path, Manifest]:
-    """A verified local folder and its manifest; what is elsewhere is downloaded once.
+def open_model(reference: str | Path, settings: Settings) -> tuple[Path, Manifest]:
+    """A verified local folder, as an absolute path, and its manifest; what is elsewhere is downloaded once.
 
     Args:
-        reference: name, `name@pointer`, `sha256:...`, `s3://bucket/folder`, or a folder (with a `/` in it): sealed, or plain
-            diffusers as published.
+        reference: name, `name@pointer`, `sha256:...`, `s3://bucket/folder`, or a folder (with a `/` in it, or a Path): sealed, or
+            plain diffusers as published.
 
     Raises:
         NotFound, CorruptArtifact, InvalidRequest.
     """
+    if isinstance(reference, Path):
+        return _open_folder(reference)
     url = urlparse(reference)
     if url.scheme == "s3":
         store = open_url(reference, settings)
@@ -224,6 +226,7 @@ def _published(digest: str, store: ObjectStore) -> Manifest:
 
 
 def _open_folder(folder: Path) -> tuple[Path, Manifest]:
+    folder = folder.absolute()  # whoever opens it again, by its text or in another place, must not take "emoji" for a name
     if not folder.is_dir():
         raise NotFound(f"there is no folder {str(folder)!r}")
     folder = folder.absolute()  # a relative one may read as a name to whoever opens it next
@@ -248,7 +251,7 @@ def _open_name(reference: str, settings: Settings) -> tuple[Path, Manifest]:
 
 
 def _download(store: ObjectStore, prefix: str, digest: str, cache: Path) -> tuple[Path, Manifest]:
-    target = cache / "bundles" / digest.removeprefix("sha256:")
+    target = cache.absolute() / "bundles" / digest.removeprefix("sha256:")
     if manifest := _intact(target):
         return target, manifest
     target.parent.mkdir(parents=True, exist_ok=True)

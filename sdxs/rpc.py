@@ -27,10 +27,9 @@ def to_status(error: SdxsError) -> tuple[grpc.StatusCode, str, Metadata]:
     code = grpc.StatusCode[error.code]
     message = str(error)[:_MAX_TEXT]
     status = status_pb2.Status(code=code.value[0], message=message)
-    field = getattr(error, "field", "")
-    if field:
+    if error.field:
         description = str(getattr(error, "allowed", message))[:_MAX_TEXT]
-        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
         detail = any_pb2.Any()
         detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
         status.details.append(detail)
@@ -58,7 +57,9 @@ def from_rpc_error(error: Any) -> SdxsError:
         found = kind(fields[0].field, None, fields[0].description) if fields else kind("", None, message)
         found.args = (message,)  # the server's words, which show the value
         return found
-    return kind(message)
+    arrived = kind(message)
+    arrived.field = fields[0].field if fields else ""
+    return arrived
 
 
 def _class_of(code: str) -> type[SdxsError]:

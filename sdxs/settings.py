@@ -6,13 +6,18 @@ Never what science (recipes), never how many (Helm values).
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxs.errors import InvalidRequest
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(?P<port>[0-9]{1,5})")
+
+_ORIGIN = re.compile(r"https?://[^/?#@\s]+/?")
 
 
 def data_home() -> Path:
@@ -29,6 +34,7 @@ class Settings(BaseSettings):
     """All settings of client, services and trainer.
 
     store_url: `file:///folder` or `s3://bucket[/prefix]`; the s3_* fields say where that S3 is.
+    s3_public_url: the same S3 as those see it who get presigned URLs, `http://host:port` or https; empty: by s3_endpoint.
     """
 
     model_config = SettingsConfigDict(env_prefix="SDXS_", frozen=True, extra="forbid")
@@ -39,6 +45,7 @@ class Settings(BaseSettings):
     s3_secret_key: SecretStr = SecretStr("")
     s3_secure: bool = False
     s3_region: str = "us-east-1"
+    s3_public_url: str = ""
     redis_url: str = "redis://127.0.0.1:6379/0"
     gateway_address: str = Field("127.0.0.1:8500", pattern=r"^.+:\d{1,5}$")
     cache_dir: Path = cache_home()
@@ -51,7 +58,25 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors()[0]
             name = "_".join(map(str, first["loc"])).upper()
-            raise InvalidRequest(f"SDXS_{name}", first["input"], first["msg"]) from error
+            allowed = first["msg"].removeprefix("Value error, ")  # pydantic's words before those of our own validators
+            raise InvalidRequest(f"SDXS_{name}", first["input"], allowed) from error
+
+    @field_validator("s3_public_url")
+    @classmethod
+    def _is_an_origin(cls, url: str) -> str:
+        """A path in front of the bucket would not be part of the signature."""
+        if url and not _ORIGIN.fullmatch(url):
+            raise ValueError("http://host[:port] or https://host[:port]")
+        return url.rstrip("/")
+
+    @field_validator("gateway_address")
+    @classmethod
+    def _has_a_port(cls, address: str) -> str:
+        """Port 0, any free one, is no address that clients could know."""
+        found = _ADDRESS.fullmatch(address)
+        if not found or not 1 <= int(found["port"]) <= 65535:
+            raise ValueError("host:port, with a port from 1 to 65535")
+        return address
 
     def environment(self) -> dict[str, str]:
         """The SDXS_* variables that make another process see the same settings. Holds secrets: never log it."""

@@ -27,7 +27,9 @@ class Placement(BaseModel):
 
     replicas: int = Field(1, ge=0)
     max_replicas: int | None = Field(None, description="more than `replicas`: scale with the load, up to so many")
-    target_in_flight: float = Field(4.0, gt=0, description="calls in flight per replica the scaling aims at")
+    target_in_flight: float = Field(
+        4.0, gt=0, description="calls in flight, or jobs not ended, per replica the scaling aims at"
+    )
     num_cpus: float = Field(0.1, ge=0, description="what Ray reserves; not a limit")
     num_gpus: float = Field(0.0, ge=0)
 

@@ -21,7 +21,6 @@ _RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # replicas serve; Ray's default lets everything else go first
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # our servers live on the replica's own event loop
 }
 
 

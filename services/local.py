@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from google.protobuf.descriptor import ServiceDescriptor
+
 import services.decoder.service as decoder
 import services.text_encoder.service as text_encoder
 import services.unet.service as unet
@@ -13,6 +15,7 @@ from sdxs.store import open_store
 from services.fabric.endpoint import Endpoint
 from services.fabric.jobs import open_queue
 from services.fabric.peers import LocalStage
+from services.fabric.replica import StageService
 from services.fabric.server import DataPlane
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.health import keep_health
@@ -25,9 +28,10 @@ from services.worker.service import Worker
 async def serve_local(model: str, settings: ServingSettings) -> AsyncIterator[DataPlane]:
     """A running server; leaving the block drains it. With a Redis URL in the settings there are jobs too."""
     folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
-    stages = await asyncio.to_thread(_load, folder, manifest.digest, settings)
+    rooms = await asyncio.to_thread(_load, folder, manifest.digest, settings)
     served = served_model(manifest)
-    chain = Chain(*stages, PromptCache(settings.prompt_cache_bytes))
+    text, denoiser, images = (LocalStage(Endpoint(descriptor, room, settings.max_in_flight)) for descriptor, room in rooms)
+    chain = Chain(text, denoiser, images, PromptCache(settings.prompt_cache_bytes))
     service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
     endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
     plane = DataPlane(endpoint, settings.max_message_bytes)
@@ -40,17 +44,13 @@ async def serve_local(model: str, settings: ServingSettings) -> AsyncIterator[Da
         health.cancel()
         await plane.drain(settings.drain_s)
         await service.close()
+        for _, room in rooms:
+            room.close()
 
 
-def _load(folder: Path, model_digest: str, settings: ServingSettings) -> tuple[LocalStage, LocalStage, LocalStage]:
-    """The three stages of the bundle in `folder`."""
-    text, denoiser, images = (room.load(folder, model_digest, settings) for room in (text_encoder, unet, decoder))
-    limit = settings.max_in_flight
-    return (
-        LocalStage(Endpoint(text_encoder.DESCRIPTOR, text, limit)),
-        LocalStage(Endpoint(unet.DESCRIPTOR, denoiser, limit)),
-        LocalStage(Endpoint(decoder.DESCRIPTOR, images, limit)),
-    )
+def _load(folder: Path, model_digest: str, settings: ServingSettings) -> list[tuple[ServiceDescriptor, StageService]]:
+    """The rooms of the bundle in `folder`, in the order of the chain."""
+    return [(room.DESCRIPTOR, room.load(folder, model_digest, settings)) for room in (text_encoder, unet, decoder)]
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sdxs.errors import InvalidRequest
-from sdxs.noise import image_seeds
+from sdxs.noise import MAX_IMAGES, image_seeds
 from sdxs.settings import Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -34,7 +34,7 @@ def generate(  # noqa: PLR0913  (one argument per option)
         str, typer.Option(help="Bundle: name, name@pointer, sha256:digest, s3://bucket/folder or folder.")
     ] = "emoji",
     seed: Annotated[int, typer.Option(help="Same seed, same image. Image i of a request has seed + i.")] = 0,
-    n: Annotated[int, typer.Option("-n", min=1, max=16, help="How many images.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, max=MAX_IMAGES, help="How many images.")] = 1,
     server: Annotated[
         str | None, typer.Option(help="host:port of a gateway; without it the image is made in this process.")
     ] = None,
@@ -86,7 +86,7 @@ def _in_process(prompt: str, model: str, seed: int, n: int, kind: str, _server: 
     folder, _ = registry.open_model(model, settings)  # and so is a model that is not there
     from sdxs.pipeline import OneStepPipeline
 
-    pipeline = OneStepPipeline.from_bundle(folder.absolute(), settings)
+    pipeline = OneStepPipeline.from_bundle(folder, settings)
     made = pipeline(prompt, seed, n)
     name, digest = pipeline.manifest.name, pipeline.manifest.digest
     receipts = [images.receipt(prompt, one, name, digest) for one in image_seeds(seed, n)]

@@ -25,7 +25,7 @@ class ObjectStore(Protocol):
     Every method raises Unavailable when the store cannot be reached and PermissionDenied when it refuses the credentials.
     """
 
-    def put_bytes(self, key: str, data: bytes, content_type: str = ..., metadata: dict[str, str] | None = ...) -> None:
+    def put_bytes(self, key: str, data: bytes, content_type: str = ...) -> None:
         """Write an object; readers see the old or the new one, never half."""
         ...
 
@@ -82,6 +82,6 @@ def open_url(url: str, settings: Settings) -> ObjectStore:
         return FileStore(Path(parts.path))
     if parts.scheme != "s3" or not parts.netloc:
         raise InvalidRequest("store_url", url, "file:///folder or s3://bucket[/prefix]")
-    from sdxs.store.s3 import S3Store, connect
+    from sdxs.store.s3 import S3Store, connect, connect_public
 
-    return S3Store(connect(settings), parts.netloc, parts.path)
+    return S3Store(connect(settings), parts.netloc, parts.path, connect_public(settings))

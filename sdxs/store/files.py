@@ -26,9 +26,7 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
 
-    def put_bytes(
-        self, key: str, data: bytes, content_type: str = "application/octet-stream", metadata: dict[str, str] | None = None
-    ) -> None:
+    def put_bytes(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         path = self._path(key)
         with self._lock():
             self._replace(path, [data])

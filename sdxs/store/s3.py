@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
@@ -28,13 +28,25 @@ _CHANGED = ("PreconditionFailed", "ConditionalRequestConflict")
 
 def connect(settings: Settings) -> Minio:
     """A client of the settings' endpoint. No request is made yet."""
+    return _client(settings, settings.s3_endpoint, settings.s3_secure)
+
+
+def connect_public(settings: Settings) -> Minio:
+    """The same S3 under its public address: a signature holds for the host it was made for."""
+    if not settings.s3_public_url:
+        return connect(settings)
+    url = urlsplit(settings.s3_public_url)
+    return _client(settings, url.netloc, url.scheme == "https")
+
+
+def _client(settings: Settings, endpoint: str, secure: bool) -> Minio:
     retries = urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504))
     pool = urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=60), retries=retries, maxsize=8)
     return Minio(
-        settings.s3_endpoint,
+        endpoint,
         access_key=settings.s3_access_key,
         secret_key=settings.s3_secret_key.get_secret_value(),
-        secure=settings.s3_secure,
+        secure=secure,
         region=settings.s3_region,
         http_client=pool,
     )
@@ -62,19 +74,16 @@ def _of(code: str, message: str, key: str) -> SdxsError:
 
 
 class S3Store:
-    """A bucket, optionally below a prefix; the bucket is made if it is missing."""
+    """A bucket, optionally below a prefix; the bucket is made if it is missing. `public` only signs what others will read."""
 
-    def __init__(self, client: Minio, bucket: str, prefix: str = "") -> None:
-        self.client, self.bucket, self.prefix = client, bucket, prefix.strip("/")
+    def __init__(self, client: Minio, bucket: str, prefix: str = "", public: Minio | None = None) -> None:
+        self.client, self.bucket, self.prefix, self.public = client, bucket, prefix.strip("/"), public or client
         with _translated(bucket):
             if not client.bucket_exists(bucket):
                 self._make_bucket()
 
-    def put_bytes(
-        self, key: str, data: bytes, content_type: str = "application/octet-stream", metadata: dict[str, str] | None = None
-    ) -> None:
+    def put_bytes(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         marks: dict[str, Any] = {_SHA256: hashlib.sha256(data).hexdigest()}
-        marks |= {f"x-amz-meta-{name}": quote(value) for name, value in (metadata or {}).items()}
         with _translated(key):
             self.client.put_object(
                 self.bucket, self._key(key), io.BytesIO(data), len(data), content_type=content_type, metadata=marks
@@ -141,7 +150,7 @@ class S3Store:
 
     def presign_get(self, key: str, expires: timedelta) -> str:
         with _translated(key):
-            return str(self.client.presigned_get_object(self.bucket, self._key(key), expires=expires))
+            return str(self.public.presigned_get_object(self.bucket, self._key(key), expires=expires))
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key

@@ -9,6 +9,7 @@ import numpy as np
 
 from sdxs import images, tensors
 from sdxs.errors import InvalidRequest
+from sdxs.noise import MAX_IMAGES
 from sdxs.v1 import decoder_pb2, unet_pb2
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from sdxs.stages import Decoder
 
 DESCRIPTOR = decoder_pb2.DESCRIPTOR.services_by_name["DecoderService"]
-MAX_IMAGES = 16
 
 
 class DecoderService:
@@ -28,6 +28,10 @@ class DecoderService:
         self._decoder = decoder
         self._model_digest = model_digest
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+
+    def close(self) -> None:
+        """After the last call."""
+        self._batcher.close()
 
     async def warm(self) -> None:
         """Pay for the first forward pass and the first encoding now."""

@@ -43,11 +43,6 @@ class GreedyBatcher(Generic[Item, Result]):
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._running: asyncio.Task[None] | None = None
 
-    @property
-    def waiting(self) -> int:
-        """Items not yet begun."""
-        return len(self._waiting)
-
     async def submit(self, items: Sequence[Item], alone: bool = False) -> list[Batched[Result]]:
         """Results in the order of the items. Raises Overloaded when they do not fit the queue, and what `compute` raises.
 

@@ -1,8 +1,9 @@
-"""Addresses of a room's replicas, from Ray Serve."""
+"""A room's replicas, found through Ray Serve."""
 
 from typing import Any
 
-from services.fabric.peers import Address, Resolver
+from services.fabric.peers import Address, PeerSet, Resolver
+from services.settings import ServingSettings
 
 _TIMEOUT_S = 3.0
 
@@ -15,3 +16,9 @@ def broadcast(handle: Any) -> Resolver:
         return [answer for answer in answers if isinstance(answer, Address)]
 
     return resolve
+
+
+def replicas(service: str, handle: Any, model_digest: str, settings: ServingSettings) -> PeerSet:
+    """The replicas behind a DeploymentHandle as callers see them, not yet opened; see PeerSet."""
+    limits = (settings.refresh_s, settings.patience_s, settings.max_message_bytes)
+    return PeerSet(service, broadcast(handle), model_digest, *limits)

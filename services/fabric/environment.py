@@ -14,5 +14,6 @@ REPLICA_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
         "MALLOC_TRIM_THRESHOLD_": _KEEP,
         "MALLOC_TOP_PAD_": str(64 << 20),
         "OMP_NUM_THREADS": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # our servers live on the replica's own event loop
     }
 )

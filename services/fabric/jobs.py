@@ -19,8 +19,10 @@ from redis.exceptions import ResponseError
 
 from sdxs.errors import AlreadyExists, NotFound, Overloaded
 from sdxs.v1 import gateway_pb2
-from services.fabric.job_scripts import FINISH, HEARTBEAT, SUBMIT
+from services.fabric.job_scripts import DELIVER, END, HEARTBEAT, LEAVE, SUBMIT
 from services.settings import ServingSettings
+
+logger = logging.getLogger(__name__)
 
 GROUP = "workers"
 logger = logging.getLogger(__name__)
@@ -45,9 +47,8 @@ class JobQueue:
         self._stream = f"{prefix}:jobs"
         self._dead = f"{prefix}:dead"
         self._prefix = prefix
-        self._submit = redis.register_script(SUBMIT)
-        self._heartbeat = redis.register_script(HEARTBEAT)
-        self._finish = redis.register_script(FINISH)
+        scripts = (SUBMIT, DELIVER, HEARTBEAT, END, LEAVE)
+        self._submit, self._count, self._heartbeat, self._conclude, self._leave = map(redis.register_script, scripts)
 
     def _key(self, job_id: str) -> str:
         return f"{self._prefix}:job:{job_id}"
@@ -93,6 +94,10 @@ class JobQueue:
             response.finished.FromNanoseconds(int(float(job[b"finished"]) * 1e9))
         return response
 
+    async def backlog(self) -> int:
+        """Jobs that wait or are in a worker's hands."""
+        return int(await self._redis.xlen(self._stream))
+
     async def take(self, consumer: str, wait_s: float) -> Delivery | None:
         """The next job: one whose worker fell silent, else a new one; None when none comes within `wait_s`."""
         idle_ms = int(self._settings.job_visibility_s * 1000)
@@ -103,26 +108,22 @@ class JobQueue:
             found = await self._redis.xreadgroup(GROUP, consumer, streams, count=1, block=max(1, int(wait_s * 1000)))
             entries = found[0][1] if found else []
         for entry, fields in entries:
-            if b"job" not in fields:
-                logger.warning("dropped an entry of %s that names no job: %r", self._stream, fields)
-                await self._forget(entry)
-                return None
-            return await self._deliver(entry, fields[b"job"].decode(errors="replace"))
+            return await self._deliver(entry, fields.get(b"job", b"").decode(errors="replace"))
         return None
 
     async def _deliver(self, entry: bytes, job_id: str) -> Delivery | None:
-        """Count the delivery; end the entry instead when its job is over, forgotten, or tried too often."""
-        key = self._key(job_id)
-        request, state, why = await self._redis.hmget(key, "request", "state", "why")
-        if request is None or state in (b"JOB_STATE_SUCCEEDED", b"JOB_STATE_FAILED"):
+        """Count the delivery; end the entry instead when its job is over, unknown, or tried too often."""
+        most = self._settings.job_max_deliveries
+        answer = await self._count(keys=[self._key(job_id)], args=[most])
+        if not answer:
+            logger.warning("entry %s of the queue is dropped: job %r is over or unknown", entry.decode(), job_id)
             await self._forget(entry)
             return None
-        number = await self._redis.hincrby(key, "deliveries", 1)
+        number, request, why = answer
         delivery = Delivery(entry, job_id, request, number)
-        if number > self._settings.job_max_deliveries:
+        if number > most:
             await self.bury(delivery, (why or b"its worker died").decode())
             return None
-        await self._redis.hset(key, "state", "JOB_STATE_RUNNING")
         return delivery
 
     async def keep(self, delivery: Delivery, consumer: str) -> bool:
@@ -133,31 +134,33 @@ class JobQueue:
         """Let it be delivered again, after a pause that doubles with each delivery."""
         pause_s = min(2.0 ** (delivery.number - 1), self._settings.job_visibility_s)
         idle_ms = int((self._settings.job_visibility_s - pause_s) * 1000)
-        await self._redis.hset(self._key(delivery.job_id), "why", why)
-        await self._heartbeat(keys=[self._stream], args=[GROUP, consumer, delivery.entry, idle_ms])
+        if await self._heartbeat(keys=[self._stream], args=[GROUP, consumer, delivery.entry, idle_ms]):
+            await self._redis.hset(self._key(delivery.job_id), "why", why)
 
-    async def succeed(self, delivery: Delivery, outcome: gateway_pb2.GetJobResponse) -> None:
-        """The job is done; `outcome` holds its images and receipt."""
-        await self._end(delivery, "JOB_STATE_SUCCEEDED", outcome)
+    async def leave(self, consumer: str) -> None:
+        """Forget a worker that takes no more jobs, unless some are still in its name."""
+        await self._leave(keys=[self._stream], args=[GROUP, consumer])
 
-    async def refuse(self, delivery: Delivery, error: gateway_pb2.JobError) -> None:
-        """The job can never succeed."""
-        await self._end(delivery, "JOB_STATE_FAILED", gateway_pb2.GetJobResponse(error=error))
+    async def succeed(self, delivery: Delivery, outcome: gateway_pb2.GetJobResponse) -> bool:
+        """The job is done; `outcome` holds its images and receipt. False when it was over before: then nothing changes."""
+        return await self._end(delivery, "JOB_STATE_SUCCEEDED", outcome)
+
+    async def refuse(self, delivery: Delivery, error: gateway_pb2.JobError) -> bool:
+        """The job can never succeed. False when it was over before: then nothing changes."""
+        return await self._end(delivery, "JOB_STATE_FAILED", gateway_pb2.GetJobResponse(error=error))
 
     async def bury(self, delivery: Delivery, why: str) -> None:
         """The job was delivered too often: FAILED for its owner, and a line in the stream of the dead."""
         message = f"given up after {self._settings.job_max_deliveries} deliveries; the last: {why}"
-        await self._redis.hincrby(self._key(delivery.job_id), "deliveries", -1)  # this one went to nobody
-        await self._redis.xadd(self._dead, {"job": delivery.job_id, "why": message}, maxlen=10_000)
-        await self.refuse(delivery, gateway_pb2.JobError(code="ABORTED", message=message))
+        if await self.refuse(delivery, gateway_pb2.JobError(code="ABORTED", message=message)):
+            await self._redis.xadd(self._dead, {"job": delivery.job_id, "why": message}, maxlen=10_000)
 
-    async def _end(self, delivery: Delivery, state: str, outcome: gateway_pb2.GetJobResponse) -> None:
-        """State, outcome, acknowledgement: all or nothing. The first end of a job is its end."""
+    async def _end(self, delivery: Delivery, state: str, outcome: gateway_pb2.GetJobResponse) -> bool:
+        """State, outcome, acknowledgement: all or nothing."""
         keys = [self._stream, self._key(delivery.job_id)]
-        await self._finish(
-            keys=keys,
-            args=[GROUP, delivery.entry, state, outcome.SerializeToString(), time.time(), self._settings.job_ttl_s],
-        )
+        ttl_s = self._settings.job_ttl_s
+        args = [GROUP, delivery.entry, state, outcome.SerializeToString(), time.time(), ttl_s]
+        return bool(await self._conclude(keys=keys, args=args))
 
     async def _forget(self, entry: bytes) -> None:
         """Take an entry off the stream."""

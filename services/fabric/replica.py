@@ -29,6 +29,10 @@ class StageService(Protocol):
         """Compute once, so that the first caller does not wait."""
         ...
 
+    def close(self) -> None:
+        """Let the device's thread end."""
+        ...
+
 
 class Replica:
     """One replica of a room. A subclass's `__init__` builds the room and awaits `open`."""
@@ -68,6 +72,7 @@ class StageReplica(Replica):
     """A replica that computes one stage of a bundle. A subclass says which."""
 
     descriptor: ClassVar[ServiceDescriptor]
+    _service: StageService | None = None
 
     def load(self, folder: Path, model_digest: str, settings: ServingSettings) -> StageService:
         """The room's service over the bundle in `folder`."""
@@ -77,13 +82,19 @@ class StageReplica(Replica):
         settings = ServingSettings()
         gc.disable()  # importing torch makes millions of objects that stay: collecting among them is a tenth of the start
         folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
-        service = await asyncio.to_thread(self.load, folder, manifest.digest, settings)
+        self._service = service = await asyncio.to_thread(self.load, folder, manifest.digest, settings)
         await service.warm()
         gc.freeze()
         gc.enable()
         endpoint = Endpoint(self.descriptor, service, settings.max_in_flight)
         plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest)
         await plane.set_serving(True)
+
+    async def __del__(self) -> None:
+        """After the calls in flight the thread."""
+        await super().__del__()
+        if self._service is not None:
+            self._service.close()
 
 
 def node_address() -> str:

@@ -3,13 +3,17 @@
 Stage messages are passed on as they came, without decoding them. Text embeddings are kept by prompt.
 """
 
+import logging
 from collections import OrderedDict
 
+from sdxs.errors import Internal, InvalidRequest
 from sdxs.v1 import decoder_pb2, text_encoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.peers import Stage
 from services.fabric.wire import embed
 from services.gateway.checks import Order
+
+logger = logging.getLogger(__name__)
 
 _TEXT = unet_pb2.DenoiseRequest.TEXT_FIELD_NUMBER
 _LATENT = decoder_pb2.DecodeRequest.LATENT_FIELD_NUMBER
@@ -58,9 +62,9 @@ class Chain:
         """The order's images. Raises SdxsError."""
         text = await self._encode(order.prompt, deadline)
         options = unet_pb2.DenoiseRequest(seeds=order.seeds, deterministic=order.deterministic)
-        latent = await self._unet.call("Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
+        latent = await _call(self._unet, "Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
         wishes = decoder_pb2.DecodeRequest(format=order.format, deterministic=order.deterministic, receipts=receipts)
-        images = await self._decoder.call("Decode", embed(_LATENT, latent) + wishes.SerializeToString(), deadline)
+        images = await _call(self._decoder, "Decode", embed(_LATENT, latent) + wishes.SerializeToString(), deadline)
         return decoder_pb2.DecodeResponse.FromString(images)
 
     async def check_prompt(self, prompt: str, deadline: Deadline) -> None:
@@ -72,6 +76,17 @@ class Chain:
         encoded = self._cache.get(prompt)
         if encoded is None:
             request = text_encoder_pb2.EncodeRequest(prompt=prompt).SerializeToString()
-            encoded = await self._text_encoder.call("Encode", request, deadline)
+            encoded = await _call(self._text_encoder, "Encode", request, deadline)
             self._cache.put(prompt, encoded)
         return encoded
+
+
+async def _call(stage: Stage, name: str, payload: bytes, deadline: Deadline) -> bytes:
+    """One rpc of a stage. Of its fields the caller wrote the prompt; what else a stage refuses was made by us: Internal."""
+    try:
+        return await stage.call(name, payload, deadline)
+    except InvalidRequest as error:
+        if error.field == "prompt":
+            raise
+        logger.error("%s refuses what it was given: %s", name, error)
+        raise Internal("a stage refuses what the one before it made; the server's log has it") from error

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdxs.errors import InvalidRequest, NotFound
+from sdxs.noise import MAX_IMAGES
 from sdxs.v1 import decoder_pb2, gateway_pb2
 
 MAX_PROMPT_CHARACTERS = 4096
-MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
 _JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -5,9 +5,8 @@ import logging
 from typing import Any
 
 from sdxs import registry
-from services.fabric.discovery import broadcast
+from services.fabric.discovery import replicas
 from services.fabric.endpoint import Endpoint
-from services.fabric.peers import PeerSet
 from services.fabric.replica import Replica
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.health import keep_health
@@ -26,15 +25,7 @@ class GatewayReplica(Replica):
         settings = ServingSettings()
         _, manifest = await asyncio.to_thread(registry.open_model, model, settings)
         text, unet, decoder = self._peers = [
-            PeerSet(
-                f"sdxs.v1.{name}",
-                broadcast(handle),
-                manifest.digest,
-                settings.refresh_s,
-                settings.patience_s,
-                settings.max_message_bytes,
-            )
-            for name, handle in zip(_STAGES, stages, strict=True)
+            replicas(f"sdxs.v1.{name}", handle, manifest.digest, settings) for name, handle in zip(_STAGES, stages, strict=True)
         ]
         for peers in self._peers:
             peers.open()

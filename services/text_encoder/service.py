@@ -25,6 +25,10 @@ class TextEncoderService:
         self._model_digest = model_digest
         self._batcher = GreedyBatcher(self._compute, max_batch=1, max_waiting=settings.max_in_flight)
 
+    def close(self) -> None:
+        """After the last call."""
+        self._batcher.close()
+
     async def warm(self) -> None:
         """Pay for the first forward pass now."""
         await self.encode(text_encoder_pb2.EncodeRequest(prompt="warm"), Deadline())

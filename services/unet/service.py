@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdxs import tensors
-from sdxs.errors import Internal, InvalidRequest
-from sdxs.noise import latent_noise
+from sdxs.errors import InvalidRequest
+from sdxs.noise import MAX_IMAGES, latent_noise
 from sdxs.v1 import text_encoder_pb2, unet_pb2
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sdxs.stages import UNet
 
 DESCRIPTOR = unet_pb2.DESCRIPTOR.services_by_name["UNetService"]
-MAX_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,10 @@ class UNetService:
         self._unet = unet
         self._model_digest = model_digest
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+
+    def close(self) -> None:
+        """After the last call."""
+        self._batcher.close()
 
     async def warm(self) -> None:
         """Pay for the first forward pass now."""

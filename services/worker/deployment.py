@@ -6,9 +6,8 @@ from typing import Any
 
 from sdxs.store import open_store
 from services.fabric.deadline import Deadline
-from services.fabric.discovery import broadcast
+from services.fabric.discovery import replicas
 from services.fabric.jobs import open_queue
-from services.fabric.peers import PeerSet
 from services.settings import ServingSettings
 from services.worker.service import Worker
 
@@ -18,14 +17,7 @@ class WorkerReplica:
 
     async def __init__(self, gateway: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
-        self._gateways = PeerSet(
-            "sdxs.v1.GatewayService",
-            broadcast(gateway),
-            "",
-            settings.refresh_s,
-            settings.patience_s,
-            settings.max_message_bytes,
-        )
+        self._gateways = replicas("sdxs.v1.GatewayService", gateway, "", settings)
         self._gateways.open()
         self._queue = open_queue(settings)
         self._worker = Worker(self._queue, lambda: open_store(settings), self._generate, settings)
@@ -40,6 +32,10 @@ class WorkerReplica:
         """Serve replaces a worker whose loop has ended."""
         if self._running.done():
             raise RuntimeError("the worker's loop has ended")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load Serve cannot see, for services.fabric.scaling."""
+        return {"queued": float(await self._queue.backlog())}
 
     async def __del__(self) -> None:
         """Finish the job in hand; what does not end in time goes to another worker."""

@@ -45,6 +45,10 @@ class Worker:
     async def run(self) -> None:
         """Work until `stop`."""
         await asyncio.gather(*(self._work() for _ in range(self._concurrency)))
+        try:
+            await self._queue.leave(self._consumer)
+        except RedisError as error:
+            logger.warning("the queue does not answer: %s", error)
 
     def stop(self) -> None:
         """End after the jobs in hand."""
@@ -70,10 +74,10 @@ class Worker:
         """One job to its end, or back to the queue."""
         heart = asyncio.create_task(self._beat(delivery))
         try:
-            await self._queue.succeed(delivery, await self._make(delivery))
+            if not await self._queue.succeed(delivery, await self._make(delivery)):
+                logger.warning("job %s was over before this worker had done it", delivery.job_id)
         except (InvalidRequest, NotFound) as error:
-            field = getattr(error, "field", "")
-            await self._queue.refuse(delivery, gateway_pb2.JobError(code=error.code, message=str(error), field=field))
+            await self._queue.refuse(delivery, gateway_pb2.JobError(code=error.code, message=str(error), field=error.field))
         except RedisError:
             raise
         except Exception as error:
@@ -85,17 +89,15 @@ class Worker:
                 await heart
 
     async def _beat(self, delivery: Delivery) -> None:
-        """Keep the job while it is in hand."""
+        """Keep the job while it is in hand; a heartbeat that fails is no reason to stop."""
         while True:
             await asyncio.sleep(self._visibility_s / 3)
             try:
-                kept = await self._queue.keep(delivery, self._consumer)
-            except RedisError as error:  # the next beat may get through before the job is given away
+                if not await self._queue.keep(delivery, self._consumer):
+                    logger.warning("job %s was given to another worker", delivery.job_id)
+                    return
+            except RedisError as error:
                 logger.warning("no heartbeat for job %s: %s", delivery.job_id, error)
-                continue
-            if not kept:
-                logger.warning("job %s was given to another worker", delivery.job_id)
-                return
 
     async def _make(self, delivery: Delivery) -> gateway_pb2.GetJobResponse:
         """Generate and store. The keys follow from the job's id, so doing it twice changes nothing."""

@@ -27,6 +27,12 @@ def test_ray_serve_reads_it_and_ignores_nothing() -> None:
     assert AppArgs.model_validate(application.args) == AppArgs()
 
 
+def test_replicas_run_our_code_on_their_own_event_loop() -> None:
+    """However they are started: our gRPC servers live there."""
+    [application] = ServeDeploySchema.model_validate(yaml.safe_load(KEPT.read_text())).applications
+    assert application.runtime_env["env_vars"]["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == "0"
+
+
 def test_misspelt_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="replcas"):
         AppArgs.model_validate({"unet": {"replcas": 3}})

@@ -8,18 +8,21 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, Unavailable
 from sdxs.store import FileStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.jobs import GROUP, Delivery, JobQueue
+from services.gateway.checks import UnknownModel
 from services.settings import ServingSettings
+from services.worker.deployment import WorkerReplica
 from services.worker.service import Generate, Worker
 
 VISIBILITY_S = 1.5  # well above what a busy machine takes between two heartbeats
@@ -119,7 +122,9 @@ async def test_a_full_queue_refuses(redis: "Redis") -> None:
 DYING_WORKER = """
 import asyncio, sys
 from services.fabric.jobs import open_queue
+from services.gateway.checks import UnknownModel
 from services.settings import ServingSettings
+from services.worker.deployment import WorkerReplica
 from services.worker.service import Worker
 
 async def never(payload, deadline):
@@ -212,6 +217,16 @@ async def test_what_can_never_succeed_is_not_tried_again(queue: JobQueue, tmp_pa
     assert (job.error.code, job.error.field, job.deliveries) == ("INVALID_ARGUMENT", "prompt", 1)
 
 
+async def test_a_model_that_went_away_is_named(queue: JobQueue, tmp_path: Path) -> None:
+    async def elsewhere(_: bytes, __: Deadline) -> bytes:
+        raise UnknownModel("model 'old' is not served here; new is")
+
+    await queue.submit("old", b"", REQUEST)
+    async with Working(queue, tmp_path, elsewhere):
+        job = await ended(queue, "old")
+    assert (job.error.code, job.error.field, job.deliveries) == ("NOT_FOUND", "model", 1)
+
+
 async def test_a_worker_that_lost_its_job_knows(queue: JobQueue) -> None:
     await queue.submit("contested", b"", REQUEST)
     first = await queue.take("first", wait_s=0.1)
@@ -256,44 +271,94 @@ async def test_a_redis_that_forgot_everything_is_no_end(queue: JobQueue, redis: 
     assert [group["name"] for group in await redis.xinfo_groups("sdxs:jobs")] == [GROUP.encode()]
 
 
-async def test_a_missed_heartbeat_costs_nothing(queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis answers the second beat; the job is still this worker's and is done once."""
-    beats: list[bool] = []
-    keep = queue.keep
+class Blinking(JobQueue):
+    """A queue whose first heartbeat does not get through."""
 
-    async def unsure(delivery: Delivery, consumer: str) -> bool:
-        if not beats:
-            beats.append(False)
-            raise RedisConnectionError("for a moment")
-        beats.append(await keep(delivery, consumer))
-        return beats[-1]
+    heartbeats = 0
 
+    async def keep(self, delivery: Delivery, consumer: str) -> bool:
+        self.heartbeats += 1
+        if self.heartbeats == 1:
+            raise RedisError("a blip")
+        return await super().keep(delivery, consumer)
+
+
+async def test_one_lost_heartbeat_does_not_lose_the_job(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
     async def slow(payload: bytes, deadline: Deadline) -> bytes:
         await asyncio.sleep(2 * VISIBILITY_S)
         return await generated(payload, deadline)
 
-    monkeypatch.setattr(queue, "keep", unsure)
+    blinking = Blinking(redis, settings())
     await queue.submit("slow", b"", REQUEST)
-    async with Working(queue, tmp_path, slow), Working(queue, tmp_path, slow):
-        job = await ended(queue, "slow")
+    async with Working(blinking, tmp_path, slow):
+        while (await queue.get("slow")).state != gateway_pb2.JOB_STATE_RUNNING:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        async with Working(queue, tmp_path):
+            job = await ended(queue, "slow")
     assert (job.state, job.deliveries) == (gateway_pb2.JOB_STATE_SUCCEEDED, 1)
-    assert beats[:2] == [False, True]
+    assert blinking.heartbeats >= 3
 
 
-async def test_an_entry_that_names_no_job_is_dropped(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
-    await redis.xadd("sdxs:jobs", {"photo": "of a cat"})
+@pytest.mark.parametrize("fields", [{"other": "x"}, {"job": "nobody"}, {"job": b"\xff\xfe"}])
+async def test_a_broken_entry_is_dropped(
+    queue: JobQueue, redis: "Redis", tmp_path: Path, fields: dict[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    entry: Any = await redis.xadd("sdxs:jobs", fields)
     await queue.submit("after", b"", REQUEST)
     async with Working(queue, tmp_path):
         assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
     assert await redis.xlen("sdxs:jobs") == 0
+    assert f"entry {entry.decode()} of the queue is dropped" in caplog.text
 
 
-async def test_the_first_end_of_a_job_is_its_end(queue: JobQueue) -> None:
-    """A worker taken for dead comes back with its images after the job was given up."""
+async def test_the_first_end_of_a_job_stands(redis: "Redis") -> None:
+    queue = JobQueue(redis, settings(job_max_deliveries=1))
+    await queue.open()
     await queue.submit("late", b"", REQUEST)
+    late = await queue.take("late", wait_s=0.1)
+    assert late is not None
+    await asyncio.sleep(VISIBILITY_S + 0.1)
+    assert await queue.take("other", wait_s=0.1) is None, "buried: delivered once already"
+    failed = await queue.get("late")
+    assert failed.state == gateway_pb2.JOB_STATE_FAILED
+    assert not await queue.succeed(late, gateway_pb2.GetJobResponse())
+    assert await queue.get("late") == failed
+
+
+async def test_a_forgotten_job_does_not_come_back_as_half_a_job(queue: JobQueue, redis: "Redis") -> None:
+    await queue.submit("forgotten", b"", REQUEST)
     delivery = await queue.take("worker", wait_s=0.1)
     assert delivery is not None
-    await queue.bury(delivery, "it fell silent")
-    await queue.succeed(delivery, gateway_pb2.GetJobResponse())
-    job = await queue.get("late")
-    assert (job.state, job.error.code) == (gateway_pb2.JOB_STATE_FAILED, "ABORTED")
+    await redis.flushall()
+    await queue.open()
+    assert not await queue.succeed(delivery, gateway_pb2.GetJobResponse())
+    await queue.retry(delivery, "worker", "why not")
+    with pytest.raises(NotFound):
+        await queue.get("forgotten")
+
+
+async def test_a_worker_that_stops_leaves_the_group(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
+    async def consumers() -> list[bytes]:
+        return [consumer["name"] for consumer in await redis.xinfo_consumers("sdxs:jobs", GROUP)]
+
+    await queue.submit("one", b"", REQUEST)
+    async with Working(queue, tmp_path):
+        await ended(queue, "one")
+        assert len(await consumers()) == 1
+    assert await consumers() == []
+    await queue.submit("two", b"", REQUEST)
+    assert await queue.take("busy", wait_s=0.1) is not None
+    await queue.leave("busy")
+    assert await consumers() == [b"busy"], "its job would be lost with it"
+
+
+async def test_a_worker_tells_how_many_jobs_have_not_ended(queue: JobQueue, tmp_path: Path) -> None:
+    replica: Any = SimpleNamespace(_queue=queue)
+    for name in ("a", "b", "c"):
+        await queue.submit(name, b"", REQUEST)
+    await queue.take("worker", wait_s=0.1)
+    assert await WorkerReplica.record_autoscaling_stats(replica) == {"queued": 3.0}
+    async with Working(queue, tmp_path):
+        for name in ("a", "b", "c"):
+            await ended(queue, name)
+    assert await WorkerReplica.record_autoscaling_stats(replica) == {"queued": 0.0}

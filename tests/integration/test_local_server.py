@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import inspect
 import io
 import json
 import subprocess
@@ -20,14 +21,14 @@ import pytest
 from sdxs import images, tensors
 from sdxs.client import AsyncClient, Client
 from sdxs.embedded import free_port
-from sdxs.errors import AlreadyExists, Internal, InvalidRequest, NotFound
+from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Unavailable
 from sdxs.pipeline import OneStepPipeline
 from sdxs.v1 import decoder_pb2, gateway_pb2, text_encoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.local import serve_local
 from services.settings import ServingSettings
-from services.unet.service import UNetService, load
-from tests.serving import BAD_REQUESTS, INVALID, in_process, refusal
+from services.unet.service import load
+from tests.serving import BAD_REQUESTS, INVALID, MISSING, in_process, refusal
 
 PROMPT = "red apple"
 
@@ -117,6 +118,8 @@ def test_a_bad_job_names_its_field(address: str) -> None:
 
     found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="")))
     assert (found.code, found.fields) == (INVALID, ("request.prompt",))
+    found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="a", model="nobody")))
+    assert (found.code, found.fields) == (MISSING, ("request.model",))
     found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="a"), request_id="no spaces"))
     assert (found.code, found.fields) == (INVALID, ("request_id",))
     found = refusal(address, "SubmitJob", submit(request=gateway_pb2.GenerateRequest(prompt="a", model="other")))
@@ -143,8 +146,9 @@ def test_errors_reach_the_client_as_they_were_raised(client: Client) -> None:
     with pytest.raises(InvalidRequest) as caught:
         client.generate(PROMPT, seed=2**64)
     assert caught.value.field == "seed"
-    with pytest.raises(NotFound, match="tiny"):
+    with pytest.raises(NotFound, match="tiny") as missing:
         client.generate(PROMPT, model="other")
+    assert missing.value.field == "model"
     with pytest.raises(NotFound):
         client.get_job("never-submitted")
 
@@ -177,6 +181,8 @@ def test_a_job_sent_twice_is_one_job(client: Client) -> None:
 
 async def test_the_async_client_does_the_same(address: str, tiny_bundle: Path) -> None:
     async with AsyncClient(address) as client:
+        await client.wait_ready(timeout=5)
+        assert await client.ready()
         served = await client.generate(PROMPT, seed=7, format="png")
         job = await client.wait_job(await client.submit_job(PROMPT, seed=7, format="png"))
         assert [model.name for model in await client.list_models()] == ["tiny"]
@@ -185,6 +191,23 @@ async def test_the_async_client_does_the_same(address: str, tiny_bundle: Path) -
     expected = in_process(tiny_bundle, PROMPT, 7, images.PNG)
     assert served.images[0].data == expected
     assert job.images[0].sha256 == hashlib.sha256(expected).hexdigest()
+
+
+async def test_both_clients_say_that_nobody_serves() -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    async with AsyncClient(nowhere) as client:
+        assert not await client.ready()
+        with pytest.raises(Unavailable, match="not SERVING after"):
+            await client.wait_ready(timeout=0.2)
+    with Client(nowhere) as blocking, pytest.raises(Unavailable, match="not SERVING after"):
+        await asyncio.to_thread(blocking.wait_ready, 0.2)
+
+
+def test_the_async_client_has_all_that_the_blocking_one_has() -> None:
+    def public(client: type) -> dict[str, object]:
+        return {name: inspect.signature(method) for name, method in vars(client).items() if not name.startswith("_")}
+
+    assert public(AsyncClient) == public(Client)
 
 
 def test_a_foreign_client_finds_its_way_by_reflection(address: str) -> None:
@@ -225,3 +248,17 @@ async def test_a_latent_that_is_no_number_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await room.decode(decoder_pb2.DecodeRequest(latent=denoised), Deadline())
     assert caught.value.field == "latent.latent.data"
+
+
+async def test_a_server_that_stops_ends_its_threads(tiny_bundle: Path) -> None:
+    def devices() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("device")}
+
+    before = devices()
+    settings = ServingSettings(redis_url="", gateway_address=f"127.0.0.1:{free_port()}", drain_s=1)
+    async with serve_local(str(tiny_bundle), settings), AsyncClient(settings.gateway_address) as client:
+        await client.generate(PROMPT)
+        assert len(devices() - before) == 3
+    async with asyncio.timeout(5):
+        while devices() - before:  # noqa: ASYNC110 - threads know nothing of events
+            await asyncio.sleep(0.01)

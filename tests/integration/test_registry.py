@@ -169,3 +169,14 @@ def test_folders(tiny_bundle: Path, tmp_path: Path) -> None:
     assert manifest.name == "my-sdxs-"
     assert manifest.files == sealed.files
     assert manifest.one_step == sealed.one_step
+
+
+def test_a_folder_named_like_a_model_stays_a_folder(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(store_url=f"file://{tmp_path}", cache_dir=tmp_path)
+    shutil.copytree(tiny_bundle, tmp_path / "emoji")
+    monkeypatch.chdir(tmp_path)
+    for reference in ("./emoji", Path("emoji"), Path("./emoji")):
+        folder, manifest = registry.open_model(reference, settings)
+        assert (folder, manifest.name) == (tmp_path / "emoji", "tiny")
+        assert registry.open_model(str(folder), settings)[1].name == "tiny", "as a replica opens it again"
+    assert registry.open_model("emoji", settings)[1].name == "emoji"

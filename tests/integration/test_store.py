@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import timedelta
@@ -115,6 +116,21 @@ def test_presigned_url_reads_without_credentials(store: ObjectStore) -> None:
     store.put_bytes("picture.png", b"pixels")
     with urllib.request.urlopen(store.presign_get("picture.png", MINUTE)) as answer:
         assert answer.read() == b"pixels"
+
+
+def test_presigned_urls_lead_to_the_public_address(s3_variables: dict[str, str]) -> None:
+    inside = s3_variables["SDXS_S3_ENDPOINT"]
+    outside = inside.replace("127.0.0.1", "localhost")
+    plain = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public"))
+    public = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public", s3_public_url=f"http://{outside}/"))
+    public.put_if("picture.png", b"pixels", None)
+    url = public.presign_get("picture.png", MINUTE)
+    assert url.startswith(f"http://{outside}/sdxs/public/picture.png?")
+    with urllib.request.urlopen(url) as answer:
+        assert answer.read() == b"pixels"
+    moved = plain.presign_get("picture.png", MINUTE).replace(inside, outside)
+    with pytest.raises(urllib.error.HTTPError, match="403"):  # why it needs a client of its own
+        urllib.request.urlopen(moved)
 
 
 def test_folder_store_notices_changed_bytes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdxs import bundle, cli, images
 from sdxs.pipeline import OneStepPipeline
+from sdxs.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,8 @@ def test_several_images_are_numbered(tiny_bundle: Path, tmp_path: Path, monkeypa
         (["generate", "a", "-o", "/proc/none/a.png", "--model", "TINY"], 2, "output"),
         (["generate", "", "-o", "a.png", "--model", "TINY"], 2, "prompt"),
         (["generate", "a", "-o", "a.png", "--server", "127.0.0.1:1"], 6, "sdxs: "),
+        (["serve", "--port", "99999"], 2, "--port"),
+        (["serve", "--port", "0"], 2, "--port"),
         (["genrate"], 2, "did you mean 'generate'"),
         (["models", "show", "sha256:" + "0" * 64], 3, "not in the store"),
         (["models", "promote", "tiny", "sha256:12"], 2, "digest"),
@@ -85,6 +88,22 @@ def test_refusals(
     assert words in said
     assert "Traceback" not in said
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "8500", "::1", "host:http"])
+@pytest.mark.parametrize("arguments", [[], ["--port", "8500"]])
+def test_a_gateway_address_without_a_port_is_refused(
+    address: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SDXS_GATEWAY_ADDRESS", address)
+    assert sdxs(monkeypatch, "serve", *arguments) == 2
+    allowed = "host:port, with a port from 1 to 65535"
+    assert capsys.readouterr().err == f"sdxs: SDXS_GATEWAY_ADDRESS: got {address!r}, allowed: {allowed}\n"
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "0.0.0.0:65535", "[::1]:8500", ":8500"])
+def test_gateway_addresses(address: str) -> None:
+    assert Settings(gateway_address=address).gateway_address == address
 
 
 def test_a_bundles_life(

@@ -7,9 +7,11 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
+from services.settings import ServingSettings
 from tests.unit.kubernetes import check, pod_templates
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -56,6 +58,14 @@ def test_compose_has_no_secret_of_its_own() -> None:
     environment = load("compose.yaml")["services"]["gateway"]["environment"]
     for name in ("SDXS_S3_ACCESS_KEY", "SDXS_S3_SECRET_KEY"):
         assert environment[name].startswith("${" + name)
+
+
+def test_compose_publishes_what_its_presigned_urls_lead_to() -> None:
+    services = load("compose.yaml")["services"]
+    settings = services["gateway"]["environment"]
+    assert {name.removeprefix("SDXS_").lower() for name in settings} <= ServingSettings.model_fields.keys()
+    inside, port = settings["SDXS_S3_ENDPOINT"].split(":")
+    assert f"{urlsplit(settings['SDXS_S3_PUBLIC_URL']).netloc}:{port}" in services[inside]["ports"]
 
 
 def test_rayjob_is_valid() -> None:

@@ -63,6 +63,12 @@ def test_a_wrong_setting_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> 
         Settings()
 
 
+@pytest.mark.parametrize("url", ["localhost:8333", "s3://bucket", "http://", "http://host/path", "http://user@host"])
+def test_a_public_url_that_cannot_be_signed_for_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="SDXS_S3_PUBLIC_URL"):
+        Settings(s3_public_url=url)
+
+
 CLIENT_ONLY = """
 import sys
 

@@ -1,16 +1,20 @@
 """Calls to peers, over real gRPC servers in this process."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from sdxs.v1 import text_encoder_pb2
 from services.fabric.deadline import Deadline
+from services.fabric.discovery import replicas
 from services.fabric.endpoint import Endpoint
 from services.fabric.peers import Address, PeerSet
 from services.fabric.server import DataPlane
+from services.settings import ServingSettings
 
 DESCRIPTOR = text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"]
 ANY = text_encoder_pb2.EncodeRequest(prompt="a").SerializeToString()
@@ -205,3 +209,28 @@ async def test_an_unforeseen_error_keeps_its_text(site: Site, peers: PeerSet) ->
     with pytest.raises(Exception, match="internal error") as caught:
         await name_of(peers)
     assert "secret" not in str(caught.value)
+
+
+@dataclass
+class Handle:
+    """What a DeploymentHandle is to us: one question to all replicas."""
+
+    site: Site
+
+    def broadcast(self, method: str) -> "Handle":
+        assert method == "addr"
+        return self
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[object]:
+        return [*await self.site.resolve(), Unavailable("one that is still starting")]
+
+
+@pytest.mark.parametrize(("max_message_bytes", "arrives"), [(5_000_000, True), (4_000_000, False)])
+async def test_the_settings_say_how_large_an_answer_may_be(site: Site, max_message_bytes: int, arrives: bool) -> None:
+    settings = ServingSettings(max_message_bytes=max_message_bytes)
+    await site.add(Room("x" * 4_500_000))
+    peers = replicas(DESCRIPTOR.full_name, Handle(site), "d", settings)
+    peers.open()
+    with contextlib.nullcontext() if arrives else pytest.raises(Overloaded, match="4000000"):
+        assert len(await name_of(peers)) == 4_500_000
+    await peers.close()

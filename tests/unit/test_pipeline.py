@@ -163,6 +163,12 @@ def test_a_plain_published_folder_works(tmp_path: Path) -> None:
     )
 
 
+def test_a_path_is_a_folder_whatever_its_name(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "emoji")
+    monkeypatch.chdir(tmp_path)
+    assert OneStepPipeline.from_bundle(Path("./emoji")).manifest.name == "tiny"
+
+
 def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"

@@ -11,23 +11,35 @@ from google.rpc import status_pb2
 from ray.serve.config import AutoscalingConfig
 
 from sdxs import errors, rpc
-from sdxs.errors import InvalidRequest, SdxsError, Unavailable
+from sdxs.errors import Internal, InvalidRequest, NotFound, SdxsError, Unavailable
+from sdxs.v1 import decoder_pb2
+from services.fabric.deadline import Deadline
 from services.fabric.scaling import follow_load
-from services.gateway.chain import PromptCache
+from services.gateway.chain import Chain, PromptCache
+from services.gateway.checks import Order, ServedModel, UnknownModel
 from services.gateway.health import keep_health
+
+
+def scaling_context(**metrics: dict[int, float]) -> Any:
+    """1 to 5 replicas, 4 calls or jobs to each."""
+    return SimpleNamespace(
+        aggregated_metrics=metrics,
+        config=AutoscalingConfig(target_ongoing_requests=4),
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=5,
+    )
 
 
 @pytest.mark.parametrize(
     ("in_flight", "wanted"), [([], 1), ([0.0, 0.0], 1), ([4.0], 1), ([4.1], 2), ([8.0, 8.0], 4), ([100.0, 100.0], 5)]
 )
 def test_replicas_follow_the_calls_in_flight(in_flight: list[float], wanted: int) -> None:
-    context: Any = SimpleNamespace(
-        aggregated_metrics={"in_flight": dict(enumerate(in_flight))},
-        config=AutoscalingConfig(target_ongoing_requests=4),
-        capacity_adjusted_min_replicas=1,
-        capacity_adjusted_max_replicas=5,
-    )
-    assert follow_load(context)[0] == wanted
+    assert follow_load(scaling_context(in_flight=dict(enumerate(in_flight))))[0] == wanted
+
+
+@pytest.mark.parametrize(("queued", "wanted"), [([0.0], 1), ([4.0], 1), ([9.0], 3), ([9.0, 9.0, 8.0], 3), ([100.0], 5)])
+def test_workers_follow_the_one_queue_they_share(queued: list[float], wanted: int) -> None:
+    assert follow_load(scaling_context(queued=dict(enumerate(queued))))[0] == wanted
 
 
 def test_the_prompt_cache_keeps_what_was_used_last() -> None:
@@ -40,6 +52,42 @@ def test_the_prompt_cache_keeps_what_was_used_last() -> None:
     cache.put("huge", b"x" * 11)
     assert cache.get("huge") is None
     assert cache.get("a") == b"1234"
+
+
+@dataclass
+class Refusing:
+    """Text encoder, U-Net and decoder in one, of which one rpc refuses a field."""
+
+    rpc: str
+    field: str
+    ready: bool = True
+
+    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+        if name == self.rpc:
+            raise InvalidRequest(self.field, "nan", "finite numbers")
+        return b""
+
+
+MODEL = ServedModel("tiny", "sha256:0", 32, 32, 16)
+ORDER = Order(MODEL, "red apple", (1,), decoder_pb2.IMAGE_FORMAT_PNG, deterministic=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "kind"),
+    [
+        ("Encode", "prompt", InvalidRequest),
+        ("Encode", "request", Internal),
+        ("Denoise", "text.text.shape", Internal),
+        ("Decode", "latent.latent.data", Internal),
+    ],
+)
+async def test_what_a_stage_refuses_is_the_callers_fault_only_if_the_caller_wrote_it(
+    name: str, field: str, kind: type[SdxsError]
+) -> None:
+    stage = Refusing(name, field)
+    with pytest.raises(kind) as caught:
+        await Chain(stage, stage, stage, PromptCache(0)).run(ORDER, [""], Deadline())
+    assert caught.value.field == ("prompt" if kind is InvalidRequest else "")
 
 
 @dataclass
@@ -111,6 +159,11 @@ def test_each_error_arrives_as_it_left(kind: type[SdxsError]) -> None:
     if isinstance(sent, InvalidRequest):
         assert isinstance(arrived, InvalidRequest)
         assert (arrived.field, arrived.allowed) == ("seed", "0 or more")
+
+
+def test_the_model_that_is_not_served_arrives_as_the_field_at_fault() -> None:
+    arrived = rpc.from_rpc_error(Failed(UnknownModel("not here")))
+    assert (type(arrived), arrived.field) == (NotFound, "model")
 
 
 def test_no_two_errors_share_a_code() -> None:
