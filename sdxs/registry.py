@@ -229,7 +229,6 @@ def _open_folder(folder: Path) -> tuple[Path, Manifest]:
     folder = folder.absolute()  # whoever opens it again, by its text or in another place, must not take "emoji" for a name
     if not folder.is_dir():
         raise NotFound(f"there is no folder {str(folder)!r}")
-    folder = folder.absolute()  # a relative one may read as a name to whoever opens it next
     if (folder / MANIFEST).is_file():
         return folder, bundle.read(folder)
     return folder, Manifest.from_diffusers(folder)

@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     s3_region: str = "us-east-1"
     s3_public_url: str = ""
     redis_url: str = "redis://127.0.0.1:6379/0"
-    gateway_address: str = Field("127.0.0.1:8500", pattern=r"^.+:\d{1,5}$")
+    gateway_address: str = "127.0.0.1:8500"
     cache_dir: Path = cache_home()
     torch_threads: int = 1
 
