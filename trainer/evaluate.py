@@ -127,18 +127,21 @@ def in_batches(generate: Generate, captions: list[str]) -> Images:
 def latencies_ms(generators: dict[str, Generate], caption: str) -> dict[str, float]:
     """Median milliseconds of one image at batch 1, text encoding cached as in serving.
 
-    All take turns, each for half a second after an image that is not counted: a machine whose speed drifts slows all alike.
+    All take turns, each for half a second: a machine whose speed drifts slows all alike. A turn's first image is not counted,
+    unless it is the only one.
     """
+
+    def milliseconds(generate: Generate, seed: int) -> float:
+        start = time.perf_counter()
+        generate([caption], [seed])
+        return 1000 * (time.perf_counter() - start)
+
     times: dict[str, list[float]] = {name: [] for name in generators}
     for _ in range(ROUNDS):
         for name, generate in generators.items():
-            start = time.perf_counter()
-            generate([caption], [SEED])
-            repeats = max(1, min(REPEATS, round(TURN_S / (time.perf_counter() - start))))
-            for i in range(repeats):
-                start = time.perf_counter()
-                generate([caption], [SEED + i])
-                times[name].append(1000 * (time.perf_counter() - start))
+            first = milliseconds(generate, SEED)
+            repeats = min(REPEATS, int(1000 * TURN_S / first))
+            times[name] += [milliseconds(generate, SEED + 1 + i) for i in range(repeats)] or [first]
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
 
 

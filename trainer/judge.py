@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +102,13 @@ class Judge:
         features_NF = torch.from_numpy(self.features(image_BHWC)).float()
         return {head: values.numpy() for head, values in self.net.logits(features_NF).items()}
 
+    @cached_property
+    def _gallery(self) -> tuple[list[str], np.ndarray]:
+        """Every caption of the world, and the feature direction of its real image."""
+        captions = [c for split in ("train", "heldout") for c in self.world.captions(split)]
+        gallery_NF = self.features(self.world.reference_images(captions))
+        return captions, gallery_NF / np.linalg.norm(gallery_NF, axis=1, keepdims=True)
+
     @torch.no_grad()
     def score(self, image_BHWC: np.ndarray, captions: list[str]) -> Scores:
         """Top-1/top-5 retrieval among all real emoji (or all attributes right), and Frechet distance to the captions' real images."""
@@ -111,9 +119,7 @@ class Judge:
             logits = self.logits(image_BHWC)
             right = np.stack([logits[h].argmax(-1) == labels[:, i] for i, h in enumerate(self.world.heads)])
             return Scores(float(right.all(0).mean()), None, frechet)
-        everything = [c for split in ("train", "heldout") for c in self.world.captions(split)]
-        gallery_NF = self.features(self.world.reference_images(everything))
-        gallery_NF /= np.linalg.norm(gallery_NF, axis=1, keepdims=True)
+        everything, gallery_NF = self._gallery
         similarity = features_NF @ gallery_NF.T
         own = np.array([everything.index(c) for c in captions])
         rank = (similarity > similarity[np.arange(len(own)), own][:, None]).sum(1)

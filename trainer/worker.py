@@ -84,6 +84,8 @@ def _train(stage: loop.Stage, job: StageJob, start: int, curve: Path) -> None:
             job.board.pin.remote(job.stage, step, stage.steps, {**metrics, "worker_pid": os.getpid()})
 
     def checkpoint(step: int) -> None:
+        if step == stage.steps:
+            return  # the result follows at once
         with tempfile.TemporaryDirectory() as folder:
             if ray.train.get_context().get_world_rank() == 0:
                 loop.save_state(stage, step, Path(folder) / "state.pt")

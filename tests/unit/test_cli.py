@@ -65,8 +65,6 @@ def test_several_images_are_numbered(tiny_bundle: Path, tmp_path: Path, monkeypa
         (["generate", "a", "-o", "/proc/none/a.png", "--model", "TINY"], 2, "output"),
         (["generate", "", "-o", "a.png", "--model", "TINY"], 2, "prompt"),
         (["generate", "a", "-o", "a.png", "--server", "127.0.0.1:1"], 6, "sdxs: "),
-        (["serve", "--port", "99999"], 2, "--port"),
-        (["serve", "--port", "0"], 2, "--port"),
         (["genrate"], 2, "did you mean 'generate'"),
         (["models", "show", "sha256:" + "0" * 64], 3, "not in the store"),
         (["models", "promote", "tiny", "sha256:12"], 2, "digest"),
