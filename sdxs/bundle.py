@@ -13,7 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound
 from sdxs.onestep import OneStepConstants, probe_folder
@@ -43,6 +51,8 @@ class Manifest(BaseModel):
     latent_channels: int = Field(gt=0)
     latent_size: int = Field(gt=0)
     text_width: int = Field(gt=0)
+    pooled_width: int = Field(default=0, ge=0)
+    """Of SDXL's pooled text embedding; 0: the U-Net takes none."""
     max_prompt_tokens: int = Field(gt=0)
     dtype: str
     one_step: OneStepConstants
@@ -59,6 +69,14 @@ class Manifest(BaseModel):
             if not _accepted(name):
                 raise ValueError(f"{name!r} is not a plain relative path to one of {', '.join(sorted(SUFFIXES))}")
         return files
+
+    @model_serializer(mode="wrap")
+    def _as_before_sdxl(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the pooled width where there is none: such manifests keep their digests, and older versions read them."""
+        data: dict[str, Any] = handler(self)
+        if not self.pooled_width:
+            data.pop("pooled_width", None)
+        return data
 
     @property
     def digest(self) -> str:
@@ -82,8 +100,6 @@ class Manifest(BaseModel):
             CorruptArtifact: a needed configuration file or a value in it is missing.
         """
         unet, vae = read_config(folder, "unet/config.json"), read_config(folder, "vae/config.json")
-        text = read_config(folder, "text_encoder/config.json")
-        tokenizer = read_config(folder, "tokenizer/tokenizer_config.json")
         facts.setdefault("files", {file: _hash(folder / file) for file in _files(folder) if _accepted(file)})
         try:
             return cls(
@@ -91,8 +107,7 @@ class Manifest(BaseModel):
                 image_size=unet["sample_size"] * _upsampling(vae),
                 latent_channels=unet["in_channels"],
                 latent_size=unet["sample_size"],
-                text_width=text["hidden_size"],
-                max_prompt_tokens=tokenizer["model_max_length"],
+                **_text_facts(folder, unet),
                 dtype=_dtype(folder),
                 one_step=probe_folder(folder),
                 **facts,
@@ -129,6 +144,22 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise CorruptArtifact(f"{name} is not JSON: {error}") from error
     return data
+
+
+def _text_facts(folder: Path, unet: dict[str, Any]) -> dict[str, int]:
+    """Widths and length of what the U-Net is conditioned on. SDXL's (`text_time`) are those of two text encoders side by side.
+
+    Raises:
+        CorruptArtifact: a file is missing, or the tokenizers read different lengths.
+    """
+    sdxl = unet.get("addition_embed_type") == "text_time"
+    suffixes = ("", "_2") if sdxl else ("",)
+    encoders = [read_config(folder, f"text_encoder{suffix}/config.json") for suffix in suffixes]
+    lengths = [read_config(folder, f"tokenizer{suffix}/tokenizer_config.json")["model_max_length"] for suffix in suffixes]
+    if len(set(lengths)) > 1:
+        raise CorruptArtifact(f"the tokenizers of {folder.name!r} read {' and '.join(map(str, lengths))} tokens, not as many")
+    facts = {"text_width": sum(encoder["hidden_size"] for encoder in encoders), "max_prompt_tokens": lengths[0]}
+    return facts | ({"pooled_width": encoders[1]["projection_dim"]} if sdxl else {})
 
 
 def _dtype(folder: Path) -> str:

@@ -5,6 +5,7 @@ Arrays go in and come out: B images, C latent channels, H x W elements or pixels
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ import torch
 
 from sdxs import bundle
 from sdxs.errors import CorruptArtifact, InvalidRequest
+from sdxs.prompts import Prompts
 from sdxs.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 Array = np.ndarray
 
@@ -36,34 +38,55 @@ def _load(kind: Any, folder: Path, settings: Settings, unused: tuple[str, ...] =
 
 
 class TextEncoder:
-    """Prompts to the hidden states that condition the U-Net."""
+    """Prompts to what conditions the U-Net: one CLIP text encoder (SD 1.x, 2.x), or two side by side (SDXL)."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, network: CLIPTextModel) -> None:
-        self.tokenizer, self.network = tokenizer, network
+    def __init__(self, encoders: Sequence[tuple[CLIPTokenizer, Any]]) -> None:
+        self.encoders = encoders
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> TextEncoder:
-        from transformers import CLIPTextModel, CLIPTokenizer  # here: the other stages' processes start without it
+        from transformers import (
+            CLIPTextModel,
+            CLIPTextModelWithProjection,
+            CLIPTokenizer,
+        )  # here: other processes start without
 
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        return cls(tokenizer, _load(CLIPTextModel, folder / "text_encoder", settings))
+        kinds = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
+        found = {suffix: kind for suffix, kind in kinds.items() if not suffix or (folder / f"text_encoder{suffix}").is_dir()}
+        return cls(
+            [
+                (
+                    CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}"),
+                    _load(kind, folder / f"text_encoder{suffix}", settings),
+                )
+                for suffix, kind in found.items()
+            ]
+        )
 
     def check(self, prompt: str) -> None:
         """Raises InvalidRequest(field="prompt") when it is empty or longer than the model reads."""
         if not prompt.strip():
             raise InvalidRequest("prompt", prompt, "some text")
-        limit = self.tokenizer.model_max_length
-        count = len(self.tokenizer(prompt)["input_ids"])
-        if count > limit:
-            raise InvalidRequest("prompt", prompt, f"at most {limit} tokens with start and end; this has {count}")
+        for tokenizer, _ in self.encoders:
+            limit, count = tokenizer.model_max_length, len(tokenizer(prompt)["input_ids"])
+            if count > limit:
+                raise InvalidRequest("prompt", prompt, f"at most {limit} tokens with start and end; this has {count}")
 
     @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> Array:
-        """float32 hidden states, shape (B, L, D)."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
-        states: Array = self.network(tokens["input_ids"]).last_hidden_state.float().numpy()
-        return states
+    def encode(self, prompts: list[str]) -> Prompts:
+        """The last hidden states of one encoder; of two, as SDXL was trained, the last but one of both side by side, and the second's
+        projection of the whole prompt (arXiv:2307.01952, section 2.1)."""
+        if len(self.encoders) == 1:
+            return Prompts(self._run(0, prompts).last_hidden_state.float().numpy())
+        outputs = [self._run(i, prompts, output_hidden_states=True) for i in range(len(self.encoders))]
+        text_BLD = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return Prompts(text_BLD.float().numpy(), outputs[-1].text_embeds.float().numpy())
+
+    def _run(self, index: int, prompts: list[str], **options: bool) -> Any:
+        tokenizer, network = self.encoders[index]
+        length = tokenizer.model_max_length
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+        return network(tokens["input_ids"], **options)
 
 
 class UNet:
@@ -73,6 +96,8 @@ class UNet:
         self.network, self.constants = network, manifest.one_step
         self.latent_shape = manifest.latent_shape
         self.text_shape = (manifest.max_prompt_tokens, manifest.text_width)
+        self.pooled_width = manifest.pooled_width
+        self.image_size = manifest.image_size
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> UNet:
@@ -82,15 +107,29 @@ class UNet:
         return cls(network, bundle.facts(folder))
 
     @torch.inference_mode()
-    def denoise(self, noise_BCHW: Array, text_BLD: Array) -> Array:
+    def denoise(self, noise_BCHW: Array, prompts: Prompts) -> Array:
         """x0 = a noise + b unet(c noise), combined in float32; returns float32 latents of the noise's shape."""
-        noise = torch.from_numpy(np.ascontiguousarray(noise_BCHW, dtype=np.float32))
-        text = torch.from_numpy(np.ascontiguousarray(text_BLD, dtype=np.float32))
+        noise = _tensor(noise_BCHW)
         scaled = (noise * self.constants.input_scale).contiguous(memory_format=torch.channels_last)
-        output = self.network(scaled, self.constants.timestep, text, return_dict=False)[0].float()
+        added = self._added(prompts)
+        text = _tensor(prompts.text_BLD)
+        output = self.network(scaled, self.constants.timestep, text, added_cond_kwargs=added, return_dict=False)[0].float()
         latent = self.constants.latent_coefficient * noise + self.constants.output_coefficient * output
         combined: Array = latent.contiguous().numpy()
         return combined
+
+    def _added(self, prompts: Prompts) -> dict[str, torch.Tensor] | None:
+        """SDXL's conditioning beside the text: pooled embeddings, and sizes that say an uncropped image of the model's own."""
+        if prompts.pooled_BD is None:
+            return None
+        size = float(self.image_size)
+        time_ids_B6 = torch.tensor([[size, size, 0.0, 0.0, size, size]]).repeat(len(prompts.pooled_BD), 1)
+        return {"text_embeds": _tensor(prompts.pooled_BD), "time_ids": time_ids_B6}
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """float32, contiguous; the array's own memory where it is so already."""
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
 class Decoder:
@@ -114,7 +153,7 @@ class Decoder:
     @torch.inference_mode()
     def paint(self, latent_BCHW: Array) -> Array:
         """float32 images in [0, 1], shape (B, H, W, 3)."""
-        latent = torch.from_numpy(np.ascontiguousarray(latent_BCHW, dtype=np.float32)) / self.network.config.scaling_factor
+        latent = _tensor(latent_BCHW) / self.network.config.scaling_factor
         image = self.network.decode(latent.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
         image_BHWC: Array = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
         return image_BHWC

@@ -99,3 +99,19 @@ def tiny_recipe(teacher: Path, steps: int = 4) -> dict[str, Any]:
         "diff_instruct": {**size, "online_lr": 1e-4, **weights},
         "evaluation": {"train_images": 8, "heldout_images": 8, "teacher_steps": 3},
     }  # fmt: skip
+
+
+def tiny_sdxl(folder: Path, seed: int = 0) -> Path:
+    """A one-step student of a random SDXL: two text encoders, pooled embedding, sizes; 64x64 images, Euler, not sealed."""
+    from trainer.families import write_teacher
+    from trainer.folders import write_model_index, write_one_step_scheduler
+    from trainer.students import decoder_config, shrink
+
+    teacher = write_teacher("sdxl", folder, seed=seed)
+    shrink(UNet2DConditionModel.from_pretrained(teacher / "unet")).save_pretrained(folder / "unet")
+    torch.manual_seed(seed)
+    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny.from_config(decoder_config(4) | widths).save_pretrained(folder / "vae")
+    write_one_step_scheduler(teacher, folder)
+    write_model_index(folder)
+    return folder

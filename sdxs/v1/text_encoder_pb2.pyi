@@ -13,9 +13,11 @@ class EncodeRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
-    __slots__ = ("text", "model_digest")
+    __slots__ = ("text", "model_digest", "pooled")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     text: _tensor_pb2.Tensor
     model_digest: str
-    def __init__(self, text: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ...) -> None: ...
+    pooled: _tensor_pb2.Tensor
+    def __init__(self, text: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., pooled: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...

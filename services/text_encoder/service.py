@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sdxs import tensors
 from sdxs.errors import InvalidRequest
+from sdxs.prompts import Prompts
 from sdxs.v1 import text_encoder_pb2
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
@@ -34,17 +35,19 @@ class TextEncoderService:
         await self.encode(text_encoder_pb2.EncodeRequest(prompt="warm"), Deadline())
 
     async def encode(self, request: text_encoder_pb2.EncodeRequest, deadline: Deadline) -> text_encoder_pb2.EncodeResponse:
-        """[tokens, width] float. Raises InvalidRequest(field="prompt") when it is empty or too long."""
+        """[tokens, width] float, for SDXL also [width] of the prompt. Raises InvalidRequest(field="prompt"): empty or too long."""
         if not request.prompt.strip():
             raise InvalidRequest("prompt", request.prompt, "some text")
         deadline.remaining()
         self._encoder.check(request.prompt)
         [computed] = await self._batcher.submit([request.prompt])
-        return text_encoder_pb2.EncodeResponse(text=tensors.encode(computed.result), model_digest=self._model_digest)
+        text_BLD, pooled_BD = computed.result.text_BLD, computed.result.pooled_BD
+        pooled = None if pooled_BD is None else tensors.encode(pooled_BD[0])
+        return text_encoder_pb2.EncodeResponse(text=tensors.encode(text_BLD[0]), pooled=pooled, model_digest=self._model_digest)
 
-    def _compute(self, prompts: Sequence[str]) -> Sequence[tensors.Array]:
+    def _compute(self, prompts: Sequence[str]) -> Sequence[Prompts]:
         """One forward pass."""
-        return list(self._encoder.encode(list(prompts)))
+        return self._encoder.encode(list(prompts)).rows()
 
 
 def load(folder: Path, model_digest: str, settings: ServingSettings) -> TextEncoderService:

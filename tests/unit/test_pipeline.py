@@ -110,9 +110,9 @@ def test_same_seed_same_image_whatever_else_is_asked(pipeline: OneStepPipeline) 
 
 
 def test_a_batch_is_within_one_step_of_255(pipeline: OneStepPipeline) -> None:
-    text_BLD = pipeline.text_encoder.encode(PROMPTS * 2)
+    prompts = pipeline.text_encoder.encode(PROMPTS * 2)
     noise_BCHW = np.stack([latent_noise(seed, pipeline.unet.latent_shape) for seed in range(4)])
-    batch = pipeline.decoder.decode(pipeline.unet.denoise(noise_BCHW, text_BLD)).astype(int)
+    batch = pipeline.decoder.decode(pipeline.unet.denoise(noise_BCHW, prompts)).astype(int)
     for seed, prompt in enumerate(PROMPTS * 2):
         assert np.abs(batch[seed] - pipeline.generate(prompt, seed)).max() <= 1
 

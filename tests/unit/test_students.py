@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from sdxs.errors import InvalidRequest
 from trainer.students import FeatureTap, count_parameters, feature_names, kept_layers, shrink, student_config
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -148,13 +149,13 @@ def test_tap_forgets_what_was_taken() -> None:
 
 def test_two_stages_are_too_few() -> None:
     two = {**SMALL, "block_out_channels": (8, 16), "down_block_types": SMALL["down_block_types"][2:], "attention_head_dim": 2}
-    with pytest.raises(ValueError, match="at least 3 stages"):
+    with pytest.raises(InvalidRequest, match="at least 3 stages"):
         student_config(two)
 
 
 def test_last_two_stages_must_be_alike() -> None:
     teacher = build({**SMALL, "block_out_channels": (8, 16, 24, 32), "attention_head_dim": (2, 4, 6, 8)})
-    with pytest.raises(ValueError, match=r"up_blocks\.0\.resnets\.0.*last two stages alike"):
+    with pytest.raises(InvalidRequest, match=r"block_out_channels.*last two stages alike"):
         shrink(teacher)
 
 
