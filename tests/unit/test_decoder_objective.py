@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from trainer.objectives.decoder import discriminator_hinge, down8_l1, generator_hinge
+from trainer.objectives.decoder import down8_l1
+from trainer.objectives.gan import discriminator_hinge, generator_hinge
 from trainer.objectives.reconstruction import gradient_l1, kl_per_element, opponent_l1
 
 RNG = np.random.default_rng(0)
@@ -29,8 +30,8 @@ def test_down8_leaves_high_frequencies_to_the_discriminator() -> None:
 
 def test_hinges_by_hand() -> None:
     real, fake = torch.tensor([-0.5, 0.5, 2.0]), torch.tensor([-3.0, 0.0, 1.0])
-    assert float(generator_hinge(fake)) == pytest.approx(2 / 3)
-    assert float(discriminator_hinge(real, fake)) == pytest.approx((1.5 + 0.5 + 0) / 3 + (0 + 1 + 2) / 3)
+    assert float(generator_hinge([fake])) == pytest.approx(2 / 3)
+    assert float(discriminator_hinge([real], [fake])) == pytest.approx((1.5 + 0.5 + 0) / 3 + (0 + 1 + 2) / 3)
 
 
 def test_gradient_l1_in_numpy() -> None:

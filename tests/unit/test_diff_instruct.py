@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion import Diffusion, stratified_timesteps
-from trainer.objectives.diff_instruct import denoising_loss, diff_instruct, linear_schedule, score_gradient, segment_end
+from trainer.objectives.diff_instruct import denoising_loss, diff_instruct, score_gradient, segment_end
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 # The two-point Gauss-Hermite rule: the mean over +-1 of a polynomial up to degree 3 is its mean under a unit Gaussian, exactly.
@@ -138,11 +138,6 @@ def test_segment_end(alpha: float, end: int) -> None:
 def test_segment_end_refuses_what_is_no_share(alpha: float) -> None:
     with pytest.raises(ValueError, match="alpha"):
         segment_end(alpha, 1000)
-
-
-def test_linear_schedule_reaches_both_ends_and_stays() -> None:
-    assert [linear_schedule(1.0, 0.2, step, 5) for step in range(7)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
-    assert linear_schedule(1.0, 0.2, 0, 1) == 1.0
 
 
 def test_denoising_loss_is_a_mean_square() -> None:

@@ -9,13 +9,3 @@ from torch.nn import functional as F
 def down8_l1(output_BCHW: Tensor, target_BCHW: Tensor, factor: int = 8) -> Tensor:
     """|| down8(G(z)) - down8(y) ||_1 : L1 of images averaged over 8x8 blocks; ties colour and layout (eq. 5, first term)."""
     return F.l1_loss(F.avg_pool2d(output_BCHW, factor), F.avg_pool2d(target_BCHW, factor))
-
-
-def generator_hinge(fake_logits: Tensor) -> Tensor:
-    """L_GAN of the decoder: -E[D(G(z))] (eq. 5, second term; hinge form as in Projected GAN)."""
-    return -fake_logits.mean()
-
-
-def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """E[max(0, 1 - D(y))] + E[max(0, 1 + D(G(z)))]."""
-    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()

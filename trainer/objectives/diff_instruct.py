@@ -34,11 +34,6 @@ def segment_end(alpha: float, timesteps: int) -> int:
     return max(1, round(alpha * timesteps))
 
 
-def linear_schedule(start: float, end: float, step: int, steps: int) -> float:
-    """Value that moves linearly from `start` to `end` over a run: how alpha and lambda_FM are lowered (Alg. 1)."""
-    return start + (end - start) * min(1.0, step / max(1, steps - 1))
-
-
 def denoising_loss(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
     """The online model's loss on diffused student samples (Alg. 1, line 5)."""
     return torch.nn.functional.mse_loss(output_BCHW, target_BCHW)
