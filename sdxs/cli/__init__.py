@@ -19,9 +19,18 @@ COMMANDS = {
     "models": "List, show, publish, promote and roll back bundles.",
     "train": "Run a recipe on Ray Train.",
     "eval": "Score a bundle beside its teacher.",
+    "data": "Check a set of prompts or captioned images, row by row.",
     "bench": "Measure the latency of a bundle's stages.",
 }
-EXTRAS = {"serve": "serve", "train": "train", "eval": "train", "demo": "serve,train", "bench": "train", "generate": "model"}
+EXTRAS = {
+    "serve": "serve",
+    "train": "train",
+    "eval": "train",
+    "demo": "serve,train",
+    "bench": "train",
+    "data": "train",
+    "generate": "model",
+}
 HELP = """Usage: sdxs COMMAND [ARGS]...
 
 Distil a diffusion teacher into a one-step student, serve it, ask it for images.

@@ -19,7 +19,7 @@ def help_of(*words: str) -> str:
     return result.stdout
 
 
-SUBCOMMANDS = {"models": ["list", "show", "publish", "promote", "rollback"]}
+SUBCOMMANDS = {"models": ["list", "show", "publish", "promote", "rollback"], "data": ["check", "show"]}
 CALLS = [f"{command} {word}".strip() for command in COMMANDS for word in SUBCOMMANDS.get(command, [""])]
 
 
