@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scipy import linalg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.metrics.frechet import frechet_distance
 from trainer.worlds.base import World
 
 FEATURES = 64
@@ -66,15 +66,6 @@ def to_tensor(image_BHWC: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image_BHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
-    """Frechet distance of two Gaussians fitted to feature sets: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv:1706.08500)."""
-    mean_gap = a_NF.mean(0) - b_NF.mean(0)
-    cov_a, cov_b = np.cov(a_NF, rowvar=False), np.cov(b_NF, rowvar=False)
-    # Tr sqrt(C_a C_b) through eigenvalues, which are real and non-negative; stable when a covariance is singular.
-    eigenvalues = linalg.eigvals(cov_a @ cov_b).real.clip(min=0)
-    return float(mean_gap @ mean_gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum())
-
-
 @dataclass(frozen=True)
 class Scores:
     """top1/top5: shares in [0, 1] (top5 is None where the world is scored by attributes); frechet: feature-space distance."""
@@ -89,6 +80,11 @@ class Judge:
 
     def __init__(self, net: JudgeNet, world: World, accuracy: float) -> None:
         self.net, self.world, self.accuracy = net, world, accuracy
+
+    @property
+    def name(self) -> str:
+        """As `trainer.metrics.base.ImageFeatures` has it."""
+        return "judge"
 
     @torch.no_grad()
     def features(self, image_BHWC: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import platform
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from typing import Any
 import numpy as np
 from jinja2 import Template
 from PIL import Image, ImageDraw, ImageFont
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from trainer.evaluate import HEADINGS, Row
 from trainer.judge import Judge
+from trainer.rows import Row, table
 
 ZOOM, GAP, LABEL = 2, 8, 200
+LEADING = 2  # captions and row stand in every part of a wide table
 TITLES = {
     "teacher": "teacher\n25 steps, guidance", "kd": "shrunk student\n25 steps", "naive": "one step,\nuntrained for it",
-    "warmup": "after warm-up", "final": "final, one step\n(served)",
+    "warmup": "after warm-up", "sdi": "before the\nGAN finish", "final": "final, one step\n(served)",
 }  # fmt: skip
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "grpcio")
 
@@ -52,18 +56,47 @@ def _wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def judged(judge: Judge) -> str:
+def judged(judge: Judge | None) -> str:
     """Who scored, and how far to trust it."""
+    if judge is None:
+        return "no judge knows these prompts"
     return f"scored by a classifier that gets {judge.accuracy:.1%} of real {judge.world.name} renders right"
 
 
-def console_table(rows: list[Row], judge: Judge) -> Table:
-    """The rows for a terminal."""
+@dataclass(frozen=True)
+class WideTable:
+    """Rows for a terminal of any width: as many tables as it takes, each beginning with captions and row, and nothing cut off."""
+
+    rows: list[Row]
+    caption: str
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        headings, lines = table(self.rows)
+        parts = _parts([max(map(cell_len, column)) + 3 for column in zip(headings, *lines, strict=True)], options.max_width - 1)
+        for part in parts:
+            shown = Table(caption=self.caption if part is parts[-1] else None)
+            for index in (*range(LEADING), *part):
+                shown.add_column(headings[index], no_wrap=True)
+            for line in lines:
+                shown.add_row(*line[:LEADING], *(line[index] for index in part))
+            yield shown
+
+
+def _parts(widths: list[int], room: int) -> list[list[int]]:
+    """The columns after the leading ones in order, as many together as there is room for beside those, one at least."""
+    room -= sum(widths[:LEADING])
+    parts: list[list[int]] = [[]]
+    for index, width in enumerate(widths[LEADING:], LEADING):
+        if parts[-1] and sum(widths[i] for i in parts[-1]) + width > room:
+            parts.append([])
+        parts[-1].append(index)
+    return parts
+
+
+def console_table(rows: list[Row], judge: Judge | None) -> WideTable:
+    """The rows for a terminal, with who judged them."""
     note = "; * recorded in the bundle when it was made" if any(row.recorded for row in rows) else ""
-    table = Table(*HEADINGS, caption=judged(judge) + note)
-    for row in rows:
-        table.add_row(*row.cells())
-    return table
+    return WideTable(rows, judged(judge) + note)
 
 
 def curves_svg(logs: dict[str, Path]) -> str:
@@ -112,9 +145,9 @@ PAGE = Template(
 td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
 img,svg{max-width:100%}</style>
 <h1>{{ name }}</h1><p>{{ summary }}</p>
-{% for split, rows in splits.items() %}<h2>{{ titles[split] }}</h2>
-<table><tr>{% for heading in headings %}<th>{{ heading }}{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row.cells()[1:] %}<td>{{ cell }}{% endfor %}</tr>
+{% for split, (headings, lines) in splits.items() %}<h2>{{ titles[split] }}</h2>
+<table><tr>{% for heading in headings[1:] %}<th>{{ heading }}{% endfor %}</tr>
+{% for line in lines %}<tr>{% for cell in line[1:] %}<td>{{ cell }}{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
 <p>{{ judged }}</p>
 <h2>Side by side</h2><img alt="contact sheet" src="data:image/png;base64,{{ sheet }}">
@@ -130,7 +163,7 @@ def write_report(  # noqa: PLR0913
     folder: Path,
     name: str,
     rows: list[Row],
-    judge: Judge,
+    judge: Judge | None,
     seconds: dict[str, float],
     sheet: Image.Image,
     logs: dict[str, Path],
@@ -143,15 +176,15 @@ def write_report(  # noqa: PLR0913
     data = {
         "name": name,
         "machine": facts,
-        "judge": {"world": judge.world.name, "accuracy_on_real_renders": judge.accuracy},
+        "judge": judge and {"world": judge.world.name, "accuracy_on_real_renders": judge.accuracy},
         "stage_seconds": seconds,
         "rows": [row.as_dict() for row in rows],
     }
     (folder / "report.json").write_text(json.dumps(data, indent=1))
-    splits = {split: [row for row in rows if row.split == split] for split in ("train", "heldout")}
+    splits = {split: table([row for row in rows if row.split == split]) for split in ("train", "heldout")}
     titles = {"train": "Captions seen in training", "heldout": "Held-out captions (new compositions)"}
     page = PAGE.render(
-        name=name, summary=summary, splits=splits, titles=titles, headings=HEADINGS[1:], judged=judged(judge),
+        name=name, summary=summary, splits=splits, titles=titles, judged=judged(judge),
         curves=curves_svg(logs), seconds=seconds,
         sheet=base64.b64encode((folder / "contact_sheet.png").read_bytes()).decode(),
         machine=", ".join(f"{k} {v}" for k, v in facts.items()),
