@@ -1,0 +1,45 @@
+"""Files of the user's own that a recipe names: are they there, and is anything in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdxs.errors import InvalidRequest
+from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.sections import DataSection
+
+Recipe = DistillRecipe | StyleRecipe
+
+
+def absent(recipe: Recipe) -> list[tuple[str, str]]:
+    """Files that a recipe names and that are not here: (field, path)."""
+    prompts = "" if recipe.data is None or recipe.data.prompts.startswith("s3://") else recipe.data.prompts
+    found = [("data.prompts", prompts)] if prompts and not _files(prompts) else []
+    style = recipe.style if isinstance(recipe, StyleRecipe) else recipe.offline.lora if recipe.offline else None
+    if style is not None and not Path(style.path).exists():
+        found.append(("style.path" if isinstance(recipe, StyleRecipe) else "offline.lora.path", style.path))
+    return found
+
+
+def check_prompts(data: DataSection) -> None:
+    """Local files of prompts exist and are not empty. What is in each row is checked when they are read."""
+    if data.prompts.startswith("s3://"):
+        return
+    files = _files(data.prompts)
+    if not files:
+        raise InvalidRequest("data.prompts", data.prompts, "a file, folder or glob that is there")
+    if not any(_says_something(path) for path in files):
+        raise InvalidRequest("data.prompts", data.prompts, "prompts; what is there is empty")
+
+
+def _files(prompts: str) -> list[Path]:
+    """Of a file, folder or glob on this machine."""
+    place = Path(prompts.removeprefix("file://")).absolute()
+    found = place.rglob("*") if place.is_dir() else Path(place.anchor).glob(place.relative_to(place.anchor).as_posix())
+    return [path for path in found if path.is_file() and not path.name.startswith((".", "_"))]
+
+
+def _says_something(path: Path) -> bool:
+    """Whether anything but white space is in a file."""
+    with path.open("rb") as file:
+        return any(block.strip() for block in iter(lambda: file.read(1 << 16), b""))
