@@ -11,7 +11,8 @@ SdxsError              UNKNOWN              1
 |- Cancelled           CANCELLED            9
 |- CorruptArtifact     DATA_LOSS           10   a file is not what its manifest says
 |- Internal            INTERNAL            11   a bug
-`- PermissionDenied    PERMISSION_DENIED   12   the credentials are refused
+|- PermissionDenied    PERMISSION_DENIED   12   the credentials are refused
+`- Aborted             ABORTED             13   a long run ended early; it says why, and goes on when run again
 """
 
 from __future__ import annotations
@@ -111,3 +112,10 @@ class PermissionDenied(SdxsError):
 
     code = "PERMISSION_DENIED"
     exit_code = 12
+
+
+class Aborted(SdxsError):
+    """A long run ended before its end. Says why; what was done is kept."""
+
+    code = "ABORTED"
+    exit_code = 13

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
+settings.load_profile("any machine")
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # as every command sets it; Ray reads it when the first test module imports it
 

@@ -13,9 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sdxs import registry
 from sdxs.settings import Settings
-from sdxs.store import open_store
 
 train = typer.Typer(add_completion=False, rich_markup_mode=None)
 evaluate = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -24,13 +22,21 @@ bench = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @train.command()
-def train_recipe(
+def train_recipe(  # noqa: PLR0913  (a command's options)
     recipe: Annotated[str, typer.Argument(help="Built-in recipe name or a .toml file.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for the result; out/<recipe> by default.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
-    teachers: Annotated[int, typer.Option(min=1, help="Members of the teacher pool.")] = 1,
+    workers: Annotated[str, typer.Option(help="Ray Train workers: a number, or FEWEST:MOST for elastic training.")] = "1",
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of a worker, whole or in parts.")] = 0,
+    teachers: Annotated[int, typer.Option(min=0, help="Members of the teacher pool; 0: a teacher inside each worker.")] = 1,
+    gpus_per_teacher: Annotated[float, typer.Option(min=0, help="GPUs of a member, whole or in parts.")] = 0,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the recipe, print its costs, run every stage for two steps on small random weights."
+        ),
+    ] = False,
 ) -> None:
     """Run RECIPE on Ray: on the cluster RAY_ADDRESS names, else on this machine. Interrupted runs resume; finished stages are reused.
 
@@ -38,48 +44,58 @@ def train_recipe(
     sdxs train emoji                    distil the embedded emoji teacher
     sdxs train scenes -o out/scenes     the small procedural world: minutes
     sdxs train emoji-teacher            train the teacher itself: hours on CPU
-    sdxs train mine.toml --workers 8 --teachers 4
+    sdxs train mine.toml --workers 8 --gpus-per-worker 1 --teachers 4 --gpus-per-teacher 0.5
+    sdxs train mine.toml --workers 2:8 --gpus-per-worker 1      elastic: goes on with what there is
+    sdxs train sdxs-512 --workers 8 --gpus-per-worker 1 --gpus-per-teacher 1 --dry-run
     """
     from trainer import recipe as recipes
+    from trainer.launch import Cluster, parse_workers
     from trainer.runs import run_recipe
 
     chosen = recipes.load(recipe)
-    run_recipe(chosen, output or Path("out") / chosen.name, workers, teachers)
+    cluster = Cluster(
+        workers=parse_workers(workers), gpus_per_worker=gpus_per_worker, teachers=teachers, gpus_per_teacher=gpus_per_teacher
+    )
+    if dry_run:
+        from trainer.dry_run import dry_run as rehearse
+
+        rehearse(chosen, cluster, recipe, Console(width=max(120, Console().width)))  # of the tables
+        return
+    run_recipe(chosen, output or Path("out") / chosen.name, cluster, recipe)
 
 
 @evaluate.command()
-def evaluate_model(
-    model: Annotated[str, typer.Argument(help="Bundle: name, name@pointer, sha256:digest or folder.")] = "emoji",
+def evaluate_models(  # noqa: PLR0913
+    models: Annotated[list[str] | None, typer.Argument(help="Bundles: name, name@pointer, sha256:digest or folder.")] = None,
     images: Annotated[int | None, typer.Option(min=2, help="Images a split; the recipe's numbers by default.")] = None,
+    inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID and KID: a .pth file.")] = None,
+    clip: Annotated[str | None, typer.Option(help="A CLIP model, for the CLIP score: folder or hub id.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Follow a protocol: built-in name or a .toml file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page of several models (.html), or a protocol's folder.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Score MODEL beside its teacher: retrieval, Frechet distance, latency; training and held-out captions.
+    """Score a bundle (emoji by default) beside its teacher, several side by side, or one by a protocol.
 
     \b
     sdxs eval emoji
     sdxs eval ./out/emoji --images 64 --json
+    sdxs eval emoji ./out/emoji -o page.html
+    sdxs eval ./out/mine --inception weights.pth --clip openai/clip-vit-base-patch16
+    sdxs eval ./out/mine --protocol coco-5k
     """
-    from trainer import recipe as recipes
-    from trainer.artifacts import Artifacts
-    from trainer.card import read_rows
-    from trainer.report import console_table
-    from trainer.scoring import compare, with_recorded
+    from trainer.evaluation import Request, evaluate_request
 
-    settings = Settings()
-    folder, manifest = registry.open_model(model, settings)
-    recipe = recipes.of_bundle(folder)
-    evaluation = recipe.evaluation
-    if images is not None:
-        evaluation = evaluation.model_copy(update={"train_images": images, "heldout_images": images})
-    artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
+    request = Request(models or ["emoji"], images, inception, clip, protocol, output)
     console = Console(stderr=True)
-    with console.status("scoring") as status:
-        comparison = compare(folder, manifest, recipe.world, evaluation, artifacts)
-        rows = with_recorded(comparison.timed(comparison.scores(status.update)), read_rows(folder))
+    report = evaluate_request(request, Settings(), console)
     if as_json:
-        typer.echo(json.dumps([row.as_dict() for row in rows]))
+        typer.echo(json.dumps([row.as_dict() for row in report.rows]))
         return
-    Console().print(console_table(rows, comparison.judge))
+    Console().print(report.table)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
 
 
 @demo.command()

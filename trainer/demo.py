@@ -21,15 +21,15 @@ from sdxs.errors import SdxsError, Unavailable
 from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer import recipe as recipes
-from trainer.artifacts import Artifacts
+from trainer.artifacts import open_artifacts
 from trainer.distill import Distillation, Result
-from trainer.evaluate import Row
 from trainer.judge import Judge
 from trainer.launch import Cluster
 from trainer.progress import Bars
 from trainer.recipe import DistillRecipe
 from trainer.report import console_table, contact_sheet, write_report
-from trainer.scoring import Comparison, compare
+from trainer.rows import Row
+from trainer.scoring import Comparison, compare_recipe
 
 PROMPTS = [
     "red apple", "pizza", "smiling face with sunglasses", "red heart", "blue heart", "penguin", "tropical fish", "rose",
@@ -51,7 +51,7 @@ def run_demo(output: Path, quick: bool, ray_session: ExitStack) -> None:
         os.environ.update({**redis, **s3, "SDXS_CACHE_DIR": str((state / "cache").resolve())})
         settings = Settings()
         with Bars(console) as bars:
-            result = Distillation(recipe, settings, Cluster(), bars, pool_size=1 if quick else 2).run(output / "bundle")
+            result = Distillation(recipe, settings, Cluster(teachers=1 if quick else 2), bars).run(output / "bundle")
             ray_session.close()
             manifest = registry.publish(output / "bundle", open_store(settings))
             registry.promote(manifest.name, manifest.digest, open_store(settings))
@@ -69,8 +69,7 @@ def run_demo(output: Path, quick: bool, ray_session: ExitStack) -> None:
 def _evaluate(recipe: DistillRecipe, result: Result, settings: Settings, bars: Bars) -> tuple[Comparison, list[Row]]:
     assert result.bundle is not None
     began = time.perf_counter()
-    artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
-    comparison = compare(result.bundle, bundle.read(result.bundle), recipe.world, recipe.evaluation, artifacts)
+    comparison = compare_recipe(result.bundle, bundle.read(result.bundle), recipe, settings)
     total = 2 * (len(comparison.generators) + 1)
     seen: list[str] = []
 
@@ -143,7 +142,7 @@ def _report(  # noqa: PLR0913
 ) -> None:  # fmt: skip
     columns = {name: make(PROMPTS, [SEED] * len(PROMPTS)) for name, make in comparison.generators.items() if name != "final"}
     sheet = contact_sheet({**columns, "final": served}, PROMPTS)
-    artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
+    artifacts = open_artifacts(settings)
     stages = [stage for stage in result.digests if stage not in ("pairs", "compositions")]
     logs = {stage: artifacts.fetch(stage, result.digests[stage]) / "log.jsonl" for stage in stages}
     summary = (
@@ -152,7 +151,7 @@ def _report(  # noqa: PLR0913
     write_report(output, recipe.name, rows, comparison.judge, result.seconds, sheet, logs, summary)
 
 
-def _closing_words(console: Console, output: Path, rows: list[Row], judge: Judge, seconds: float) -> None:
+def _closing_words(console: Console, output: Path, rows: list[Row], judge: Judge | None, seconds: float) -> None:
     console.print(console_table(rows, judge))
     console.print(f"Done in {seconds / 60:.1f} minutes. Look at {output / 'contact_sheet.png'} and {output / 'report.html'}.")
     console.print(f'Your own:  .venv/bin/sdxs generate "green apple" -o apple.png --model {(output / "bundle").absolute()}')

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 
@@ -34,8 +34,10 @@ class Diffusion:
 
     def coefficients(self, t_B: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for integer timesteps, shape (B, 1, 1, 1)."""
-        index = t_B.cpu()
-        return self.alpha[index].to(device).view(-1, 1, 1, 1), self.sigma[index].to(device).view(-1, 1, 1, 1)
+        if self.alpha.device != torch.device(device):
+            self.alpha, self.sigma = self.alpha.to(device), self.sigma.to(device)
+        index = t_B.to(device)
+        return self.alpha[index].view(-1, 1, 1, 1), self.sigma[index].view(-1, 1, 1, 1)
 
     def diffuse(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """x_t = alpha_t x0 + sigma_t eps."""
@@ -70,6 +72,9 @@ def stratified_timesteps(batch: int, low: int, high: int, generator: torch.Gener
     return t[torch.randperm(batch, generator=generator)]
 
 
+SOLVERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+
+
 @torch.no_grad()
 def sample(
     predict: Callable[[Tensor, Tensor], Tensor],
@@ -82,11 +87,11 @@ def sample(
 
     Args:
         predict: network output (guidance applied) for (x_t, timestep of shape (B,)).
-        solver: "ddim", or "dpm" for DPM-Solver++ 2M, which needs about half the steps for the same error.
+        solver: "ddim"; "dpm" for DPM-Solver++ 2M, which needs about half the steps for the same error; "euler", what few-step
+            models such as SD-Turbo were made for.
     """
-    kind = DDIMScheduler if solver == "ddim" else DPMSolverMultistepScheduler
-    scheduler = kind.from_config(dict(scheduler_config), timestep_spacing="trailing")
-    scheduler.set_timesteps(steps)
+    scheduler = SOLVERS[solver].from_config(dict(scheduler_config), timestep_spacing="trailing")
+    scheduler.set_timesteps(steps, device=noise_BCHW.device)
     x_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = predict(scheduler.scale_model_input(x_BCHW, t), t.expand(len(x_BCHW)))

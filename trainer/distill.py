@@ -1,16 +1,12 @@
-"""A distillation from recipe to bundle: pairs, then the four stages, then assembly. Stages that do not need each other run side by
-side where the cluster has room. A stage whose inputs have not changed is not run again: its result is found in the store by the
-digest of what goes into it."""
+"""A recipe from its first sample to its bundle. Steps that do not need each other run side by side where the cluster has room. A step
+whose inputs have not changed is not done again: its result is found in the store by the digest of what goes into it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,29 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from safetensors.torch import load_file, save_file
 
-from sdxs import bundle
-from sdxs.errors import AlreadyExists, NotFound
+from sdxs import registry
 from sdxs.settings import Settings
-from sdxs.store import open_store
-from trainer.artifacts import Artifacts
+from trainer.artifacts import open_artifacts
+from trainer.assemble import assemble, check_replaceable
 from trainer.board import Board
+from trainer.data.source import Captions
 from trainer.launch import Cluster, StageJob, run_stage
-from trainer.pairs import draw_pairs, recombine
-from trainer.pool import TeacherPool
-from trainer.recipe import DistillRecipe, PairsSection, digest
-from trainer.worlds.base import get_world
-
-ASSETS = Path(__file__).parent / "assets"
-# What each stage reads. Drawn samples come first; compositions only if the recipe has them.
-UPSTREAM = {
-    "decoder": ("pairs", "compositions"),
-    "unet": ("pairs", "compositions"),
-    "warmup": ("pairs", "compositions", "unet"),
-    "diff_instruct": ("pairs", "compositions", "warmup"),
-}
-REVISION = 1  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
+from trainer.pairs import PairsOrder, draw_shards, recombine
+from trainer.plan import REVISION, Step, dated, source_digest, steps
+from trainer.pool import Limits, Share, TeacherPool
+from trainer.prompts import open_source
+from trainer.real_images import encode_images, listing_digest
+from trainer.recipe import DistillRecipe, StyleRecipe, digest
+from trainer.sections import Optimisation, PairsSection, Section, ShrinkSection
+from trainer.sources import latent_shape, teacher_folder
+from trainer.specs import TeacherSpec
 
 # What a watcher is told: stage, steps done, steps in all, latest metrics.
 Watch = Callable[[str, int, int, dict[str, float]], None]
@@ -48,7 +38,7 @@ Watch = Callable[[str, int, int, dict[str, float]], None]
 
 @dataclass
 class Result:
-    """Digests of all stages, the seconds each took in this run (0 for reused ones), and the sealed bundle's folder."""
+    """Digests of all steps, the seconds each took in this run (0 for reused ones), and the sealed bundle's folder."""
 
     digests: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,228 +46,166 @@ class Result:
     bundle: Path | None = None
 
 
-def teacher_folder(teacher: str) -> Path:
-    """Folder of a teacher: the name `<world>-teacher` for an embedded one, else a path to any diffusers text-to-image folder.
-
-    Raises:
-        NotFound: there is no such folder.
-    """
-    embedded = ASSETS / teacher.removesuffix("-teacher") / "teacher"
-    folder = embedded if teacher.endswith("-teacher") and len(Path(teacher).parts) == 1 else Path(teacher)
-    if not (folder / "unet" / "config.json").is_file():
-        raise NotFound(f"teacher {teacher!r}: {folder} is not a diffusers text-to-image folder")
-    return folder.resolve()
-
-
-def teacher_digest(folder: Path) -> str:
-    """Digest of a teacher's networks, tokenizer and scheduler; its card and logs, which lie beside their folders, do not count."""
-    parts = []
-    for path in sorted(p for p in folder.glob("*/**/*") if p.is_file()):
-        with path.open("rb") as file:
-            parts.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
-    return digest(parts)
-
-
 class Distillation:
     """One recipe on one cluster. `run` returns when the bundle is sealed."""
 
-    def __init__(self, recipe: DistillRecipe, settings: Settings, cluster: Cluster, watch: Watch, pool_size: int = 1) -> None:
-        self.recipe, self.settings, self.cluster, self.watch, self.pool_size = recipe, settings, cluster, watch, pool_size
-        self.folder, self.world = teacher_folder(recipe.teacher), get_world(recipe.world)
-        self.artifacts = Artifacts(open_store(settings), settings.cache_dir / "artifacts")
+    def __init__(self, recipe: DistillRecipe | StyleRecipe, settings: Settings, cluster: Cluster, watch: Watch) -> None:
+        self.recipe, self.settings, self.cluster, self.watch = recipe, settings, cluster, watch
+        self.folder, self.prompts = teacher_folder(recipe.teacher), open_source(recipe, settings)
+        self.artifacts = open_artifacts(settings)
         self.result = Result()
-        self._pool: TeacherPool | None = None
+        self.pools: dict[TeacherSpec, TeacherPool] = {}
         self._board: Any = None
-        self._starting = threading.Lock()  # stages in both lanes ask for the pool
+        self._lock = threading.Lock()  # of pools and board: lanes ask for them
 
     def run(self, output: Path) -> Result:
-        """All stages that are not done yet, then the bundle in `output`.
+        """All steps that are not done yet, then the bundle in `output`.
 
         Raises:
             AlreadyExists: `output` holds something that is not a bundle.
         """
-        _check_replaceable(output)
-        stages = ["decoder", "unet", "warmup", *(["diff_instruct"] if self.recipe.diff_instruct else [])]
-        self.plan(stages)
+        check_replaceable(output)
+        plan = self.plan()
         try:
-            for name in self._samples():
-                self._draw(name)
-            self._stages(stages)
+            self._all(plan)
         finally:
-            if self._pool is not None:
-                self._pool.close()
-        self.result.reused.sort(key=[*self._samples(), *stages].index)
-        self._assemble(stages, output)
+            for pool in self.pools.values():
+                pool.close()
+        order = [step.name for step in plan]
+        self.result.reused.sort(key=order.index)
+        assemble(self.recipe, plan, self.folder, self.artifacts, output)
+        self.result.bundle = output
         return self.result
 
-    def _stages(self, stages: list[str]) -> None:
-        """Each as soon as what it needs is there and a lane is free. `stages` is in topological order, so nothing can wait for a
-        stage that has not begun."""
-        futures: dict[str, Future[None]] = {}
+    def plan(self) -> list[Step]:
+        """Every step and the digest of its result."""
+        common = {
+            "revision": REVISION, "teacher": source_digest(self.recipe.teacher), "prompts": self.prompts.digest,
+            "seed": self.recipe.seed, "compute": digest(self.recipe.compute), **self._kind(),
+        }  # fmt: skip
+        plan = dated(steps(self.recipe), common, self._spread)
+        self.result.digests = {step.name: step.digest for step in plan}
+        return plan
 
-        def run(stage: str) -> None:
-            for upstream in UPSTREAM[stage]:
-                if upstream in futures:
-                    futures[upstream].result()
-            self._stage(stage)
+    def _kind(self) -> dict[str, Any]:
+        """What shapes the student."""
+        if isinstance(self.recipe, StyleRecipe):
+            _, manifest = registry.open_model(self.recipe.base, self.settings)
+            return {"base": manifest.digest}
+        return {"student": digest(self.recipe.student)}
+
+    def _spread(self, section: Section) -> Any:
+        """The number of workers, where the size of a micro-batch follows from it; and which real images there are."""
+        fixed = isinstance(section, Optimisation) and section.micro_batch is not None
+        images = getattr(section, "images", None)
+        return [None if fixed else self.cluster.workers, images and listing_digest(images, self.settings)]
+
+    def _all(self, plan: list[Step]) -> None:
+        """Each step as soon as what it needs is there and a lane is free. The plan is in topological order, so nothing can wait for
+        a step that has not begun."""
+        futures: dict[str, Future[None]] = {}
+        waiting = Counter(step.teacher for step in plan if self._asks_pool(step))
+
+        def run(step: Step) -> None:
+            for name in step.reads:
+                futures[name].result()
+            with self._timed(step) as needed:
+                if needed:
+                    (self._draw if step.drawn else self._train)(step)
+            if self._asks_pool(step):
+                self._done_with(step.teacher, waiting)
 
         with ThreadPoolExecutor(self._lanes()) as lanes:
-            for stage in stages:
-                futures[stage] = lanes.submit(run, stage)
+            for step in plan:
+                futures[step.name] = lanes.submit(run, step)
         for future in futures.values():
             future.result()
 
     def _lanes(self) -> int:
         """Two (the decoder beside the chain of U-Net stages) if workers for both and the pool fit the cluster at once, else one."""
-        cpus = self.cluster.cpus_per_worker * (2 * self.cluster.workers + self.pool_size)
-        return 2 if ray.cluster_resources().get("CPU", 0) >= cpus else 1
-
-    def plan(self, stages: list[str]) -> dict[str, str]:
-        """Digest of every stage: its section of the recipe and whatever it reads."""
-        teacher = teacher_digest(self.folder)
-        captions = self.world.captions("train")
-        common = {"revision": REVISION, "teacher": teacher, "captions": digest(captions), "seed": self.recipe.seed}
-        for name, section in self._samples().items():
-            self.result.digests[name] = digest(
-                [common, section.model_dump(mode="json", exclude_none=True), *([name] if name != "pairs" else [])]
-            )
-        for stage in stages:
-            section = getattr(self.recipe, stage).model_dump(mode="json", exclude_none=True)
-            self.result.digests[stage] = digest([common, section, list(self._inputs(stage).values()), self.cluster.workers])
-        return self.result.digests
-
-    def _samples(self) -> dict[str, PairsSection]:
-        """What is drawn from the teacher before any stage."""
-        compositions = self.recipe.compositions
-        return {"pairs": self.recipe.pairs} | ({"compositions": compositions} if compositions else {})
-
-    def _inputs(self, stage: str) -> dict[str, str]:
-        """Digests of what a stage reads."""
-        return {name: self.result.digests[name] for name in UPSTREAM[stage] if name in self.result.digests}
+        have, cluster = ray.cluster_resources(), self.cluster
+        room = all(have.get(name, 0) >= wanted for name, wanted in cluster.wanted(stages=2).items())
+        return 2 if room else 1
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[bool]:
-        """Yields whether the stage has to run; notes its time, or that it was reused."""
-        if self.artifacts.facts(stage, self.result.digests[stage]) is not None:
-            self.result.reused.append(stage)
-            self.result.seconds[stage] = 0.0
-            self.watch(stage, 1, 1, {"reused": 1.0})
+    def _timed(self, step: Step) -> Iterator[bool]:
+        """Yields whether the step has to be done; notes its time, or that it was reused."""
+        if self.artifacts.facts(step.name, step.digest) is not None:
+            self.result.reused.append(step.name)
+            self.result.seconds[step.name] = 0.0
+            self.watch(step.name, 1, 1, {"reused": 1.0})
             yield False
             return
         start = time.perf_counter()
         yield True
-        self.result.seconds[stage] = round(time.perf_counter() - start, 1)
+        self.result.seconds[step.name] = round(time.perf_counter() - start, 1)
 
-    @property
-    def pool(self) -> TeacherPool:
-        """The teacher pool, started when the first stage has to run."""
-        with self._starting:
-            if self._pool is None:
-                self._board = Board.remote()  # type: ignore[attr-defined]
-                self._pool = TeacherPool(
-                    self.folder, self.pool_size, cpus=self.cluster.cpus_per_worker, threads=self.cluster.threads
-                )
-            return self._pool
-
-    def _draw(self, name: str) -> None:
-        section = self._samples()[name]
-        seed = self.recipe.seed + (1 if name == "pairs" else 2)
-        captions = self.world.captions("train")
-        if name == "compositions":
-            captions = recombine(captions, set(self.world.captions("heldout")), section.count, seed)
-        with self._timed(name) as needed:
-            if not needed:
-                return
-            config = json.loads((self.folder / "unet" / "config.json").read_text())
-            pairs = draw_pairs(
-                self.pool.client(),
-                captions,
-                section,
-                (config["in_channels"], config["sample_size"], config["sample_size"]),
-                seed,
-                lambda done: self.watch(name, done, section.count, {}),
-            )
-            with tempfile.TemporaryDirectory() as scratch:
-                pairs.save(Path(scratch) / "pairs.safetensors")
-                self.artifacts.save(name, self.result.digests[name], Path(scratch), {"count": section.count})
-
-    def _stage(self, stage: str) -> None:
-        digests = self.result.digests
-        with self._timed(stage) as needed:
-            if needed:
-                job = StageJob(
-                    stage=stage,
-                    digest=digests[stage],
-                    recipe=self.recipe.model_dump(mode="json"),
-                    teacher_folder=str(self.folder),
-                    settings=self.settings.environment(),
-                    cache=str(self.artifacts.cache),
-                    inputs=self._inputs(stage),
-                    client=self.pool.client(),
-                    board=self._board,
-                    cluster=self.cluster,
-                )
-                run_stage(job, self.settings, self.watch)
-
-    def _assemble(self, stages: list[str], output: Path) -> None:
-        """The bundle: the last student, the tiny decoder, and the teacher's text encoder, tokenizer and scheduler; fp16 on disk."""
-        digests = self.result.digests
-        fetched = {stage: self.artifacts.fetch(stage, digests[stage]) for stage in stages}
-        part = output.with_name(output.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        sources = {"unet": fetched[stages[-1]] / "unet", "vae": fetched["decoder"] / "vae"}
-        sources |= {name: self.folder / name for name in ("text_encoder", "tokenizer", "scheduler")}
-        for name, source in sources.items():
-            shutil.copytree(source, part / name)
-        slim(part)
-        logs = [f"# {stage}\n" + (fetched[stage] / "log.jsonl").read_text() for stage in stages]
-        (part / "training.txt").write_text("\n".join(logs))
-        (part / "recipe.json").write_text(self.recipe.model_dump_json(indent=1))
-        write_model_index(part)
-        bundle.seal(
-            part,
-            self.recipe.name,
-            recipe_hash=digest(self.recipe),
-            lineage={"teacher": self.recipe.teacher, **digests},
+    def pool(self, spec: TeacherSpec) -> TeacherPool:
+        """The pool of a teacher, started when first asked for. Without a pool of its own a run draws with one on the workers' devices."""
+        cluster = self.cluster
+        size, gpus = (
+            (cluster.teachers, cluster.gpus_per_teacher)
+            if cluster.teachers
+            else (cluster.most_workers, cluster.gpus_per_worker)
         )
-        _check_replaceable(output)
-        shutil.rmtree(output, ignore_errors=True)
-        part.rename(output)
-        self.result.bundle = output
+        with self._lock:
+            if spec not in self.pools:
+                environment = self.settings.environment()
+                share = Share(cluster.cpus_per_worker, gpus, cluster.threads)
+                # Joined on a GPU only: on a CPU it gains little, and without it a run repeats to the last bit.
+                limits = Limits() if gpus else Limits(max_batch=1)
+                self.pools[spec] = TeacherPool(spec, size, share, limits=limits, environment=environment)
+            return self.pools[spec]
 
+    def _asks_pool(self, step: Step) -> bool:
+        """Whether a pool answers a step: always to draw, in training only where workers have no teacher of their own."""
+        return step.teacher is not None and (step.drawn or self.cluster.teachers > 0)
 
-def _check_replaceable(output: Path) -> None:
-    """Only an earlier bundle may be replaced. Raises AlreadyExists."""
-    if output.exists() and not (output / "bundle.json").is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise AlreadyExists(f"output {str(output)!r} holds something that is not a bundle; name a new folder")
+    def _done_with(self, spec: TeacherSpec | None, waiting: Counter[TeacherSpec | None]) -> None:
+        """Close a pool that no later step asks: its devices may be another one's."""
+        with self._lock:
+            waiting[spec] -= 1
+            if spec in self.pools and not waiting[spec]:
+                self.pools.pop(spec).close()
 
+    def board(self) -> Any:
+        """Where workers pin their metrics."""
+        with self._lock:
+            if self._board is None:
+                self._board = Board.remote()  # type: ignore[attr-defined]
+            return self._board
 
-def slim(folder: Path) -> None:
-    """As a folder of networks ships: weights in float16, configurations without the path they were once loaded from."""
-    for path in folder.rglob("*.safetensors"):
-        tensors = {
-            name: value.half().contiguous() if value.is_floating_point() else value for name, value in load_file(path).items()
-        }
-        save_file(tensors, path, {"format": "pt"})
-    for path in folder.rglob("config.json"):
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    def _draw(self, step: Step) -> None:
+        assert step.teacher is not None
+        order = self.order(step)
+        result, count = (step.name, step.digest), len(order.seeds)
+        client = self.pool(step.teacher).client()
+        draw_shards(client, order, self.artifacts, result, lambda done: self.watch(step.name, done, count, {}))
 
+    def order(self, step: Step) -> PairsOrder:
+        """The prompts of a drawn step with their noises."""
+        assert isinstance(step.section, PairsSection)
+        seed = self.recipe.seed + {"pairs": 1, "compositions": 2, "samples": 3}[step.name]
+        captions: Sequence[str] = Captions(self.prompts, "train")
+        if step.name == "compositions":
+            captions = recombine(list(captions), set(Captions(self.prompts, "heldout")), step.section.count, seed)
+        return PairsOrder.of(captions, step.section, latent_shape(self.folder), seed)
 
-def write_model_index(folder: Path) -> None:
-    """`model_index.json`, with which diffusers' StableDiffusionPipeline loads the folder."""
-    classes = {
-        name: json.loads((folder / name / config).read_text()).get("_class_name")
-        for name, config in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
-    }
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        **{name: ["diffusers", kind] for name, kind in classes.items()},
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    def _train(self, step: Step) -> None:
+        if isinstance(step.section, ShrinkSection) and step.section.images is not None:
+            assert step.teacher is not None
+            client, told = self.pool(step.teacher).client(), lambda done: self.watch("images", done, done, {})
+            encode_images(step.section.images, self.recipe.teacher, client, self.settings, told)
+        job = StageJob(
+            stage=step.name,
+            digest=step.digest,
+            recipe=self.recipe.model_dump(mode="json"),
+            prompts=self.prompts.digest,
+            settings=self.settings.environment(),
+            inputs={name: self.result.digests[name] for name in step.reads},
+            teacher=step.teacher,
+            client=self.pool(step.teacher).client() if step.teacher and self._asks_pool(step) else None,
+            board=self.board(),
+            cluster=self.cluster,
+        )
+        run_stage(job, self.settings, self.watch)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxs.errors import InvalidRequest
 from sdxs.noise import latent_noise
-from trainer.recipe import PairsSection
+from trainer.artifacts import Artifacts
+from trainer.data.order import Order
+from trainer.data.source import Captions
+from trainer.sections import PairsSection
 from trainer.teacher import Pending, Sample, TeacherClient
 
-BATCH, IN_FLIGHT = 32, 6
+BATCH, IN_FLIGHT, SHARD = 32, 6, 4096
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Pairs:
 
     latent_NCHW: Tensor
     seed_N: Tensor
-    captions: list[str]
+    captions: Sequence[str]
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """A random batch: (noise_BCHW, latent_BCHW) in float32 and captions."""
@@ -36,24 +44,33 @@ class Pairs:
         return torch.from_numpy(noise), self.latent_NCHW[rows].float(), [self.captions[i] for i in rows.tolist()]
 
     def save(self, path: Path) -> None:
-        metadata = {"captions": "\n".join(self.captions)}
+        metadata = {"captions": json.dumps(list(self.captions))}
         save_file({"latent": self.latent_NCHW.contiguous(), "seed": self.seed_N}, path, metadata)
 
     def __add__(self, other: Pairs) -> Pairs:
         return Pairs(
             torch.cat([self.latent_NCHW, other.latent_NCHW]),
             torch.cat([self.seed_N, other.seed_N]),
-            self.captions + other.captions,
+            [*self.captions, *other.captions],
         )
 
     @classmethod
-    def load(cls, path: Path) -> Pairs:
-        from safetensors import safe_open
+    def load(cls, folder: Path) -> Pairs:
+        """All shards of a folder, in their order."""
+        return reduce(add, (cls._shard(path) for path in sorted(folder.glob("*.safetensors"))))
 
+    @classmethod
+    def _shard(cls, path: Path) -> Pairs:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
-            captions = file.metadata()["captions"].split("\n")
-        return cls(tensors["latent"], tensors["seed"], captions)
+            text = file.metadata()["captions"]
+        return cls(tensors["latent"], tensors["seed"], json.loads(text))
+
+    @classmethod
+    def of_prompts(cls, captions: Sequence[str], shape: tuple[int, int, int], seed: int) -> Pairs:
+        """Prompts and noise without samples: the targets are zeros that take no memory."""
+        seeds = torch.arange(len(captions), dtype=torch.int64) + (seed << 32)
+        return cls(torch.zeros(1, 1, 1, 1, dtype=torch.float16).expand(len(captions), *shape), seeds, captions)
 
 
 def recombine(captions: list[str], avoid: set[str], count: int, seed: int) -> list[str]:
@@ -82,25 +99,39 @@ def recombine(captions: list[str], avoid: set[str], count: int, seed: int) -> li
     return list(made)
 
 
-def draw_pairs(
-    teacher: TeacherClient,
-    captions: list[str],
-    section: PairsSection,
-    shape: tuple[int, int, int],
-    seed: int,
-    progress: Callable[[int], None],
-) -> Pairs:
-    """Sample `section.count` pairs, going round the captions in a shuffled order, with several requests under way.
+@dataclass(frozen=True)
+class PairsOrder:
+    """What to sample: row i is `captions[i]` from the noise of `seeds[i]`. Goes round the captions in shuffled orders."""
+
+    captions: list[str]
+    seeds: list[int]
+    section: PairsSection
+    shape: tuple[int, int, int]  # of a latent
+
+    @classmethod
+    def of(cls, captions: Sequence[str], section: PairsSection, shape: tuple[int, int, int], seed: int) -> PairsOrder:
+        rows = Order(len(captions), seed).take(0, section.count)
+        chosen = captions.take(rows) if isinstance(captions, Captions) else [captions[i] for i in rows]
+        return cls(chosen, [(seed << 32) + i for i in range(section.count)], section, shape)
+
+    def shards(self) -> list[PairsOrder]:
+        """Parts of `SHARD` rows, which are sampled and saved one after the other."""
+        starts = range(0, len(self.captions), SHARD)
+        return [replace(self, captions=self.captions[i : i + SHARD], seeds=self.seeds[i : i + SHARD]) for i in starts]
+
+    def request(self, start: int) -> Sample:
+        """For the rows from `start` on, as many as go together."""
+        rows, section = slice(start, start + BATCH), self.section
+        noise = np.stack([latent_noise(seed, self.shape) for seed in self.seeds[rows]])
+        return Sample(noise, self.captions[rows], section.steps, section.guidance, section.solver)
+
+
+def draw_pairs(teacher: TeacherClient, order: PairsOrder, progress: Callable[[int], None]) -> Pairs:
+    """Sample all rows of an order, with several requests under way.
 
     Args:
-        shape: (C, H, W) of a latent.
         progress: told how many are done.
     """
-    count = section.count
-    rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(captions)) for _ in range(-(-count // len(captions)))])[:count]
-    texts = [captions[i] for i in order]
-    seeds = [(seed << 32) + i for i in range(count)]
     waiting: deque[Pending] = deque()
     latents: list[Tensor] = []
 
@@ -108,13 +139,26 @@ def draw_pairs(
         latents.append(torch.from_numpy(waiting.popleft().result()[0].copy()))
         progress(sum(len(part) for part in latents))
 
-    for start in range(0, count, BATCH):
-        noise = np.stack([latent_noise(s, shape) for s in seeds[start : start + BATCH]])
-        waiting.append(
-            teacher.submit(Sample(noise, texts[start : start + BATCH], section.steps, section.guidance, section.solver))
-        )
+    for start in range(0, len(order.captions), BATCH):
+        waiting.append(teacher.submit(order.request(start)))
         if len(waiting) >= IN_FLIGHT:
             collect()
     while waiting:
         collect()
-    return Pairs(torch.cat(latents), torch.tensor(seeds, dtype=torch.int64), texts)
+    return Pairs(torch.cat(latents), torch.tensor(order.seeds, dtype=torch.int64), order.captions)
+
+
+def draw_shards(
+    teacher: TeacherClient, order: PairsOrder, artifacts: Artifacts, result: tuple[str, str], progress: Callable[[int], None]
+) -> None:
+    """Sample an order shard by shard into the artifact `result` (name, digest); shards that an interrupted run left are kept."""
+    names = []
+    for number, shard in enumerate(order.shards()):
+        name = f"shard-{number:05}.safetensors"
+        if not artifacts.has_part(*result, name):
+            pairs = draw_pairs(teacher, shard, lambda done, before=number * SHARD: progress(before + done))  # type: ignore[misc]
+            with tempfile.TemporaryDirectory() as scratch:
+                pairs.save(Path(scratch) / name)
+                artifacts.put_part(*result, name, Path(scratch) / name)
+        names.append(name)
+    artifacts.finish(*result, names, {"count": len(order.seeds)})

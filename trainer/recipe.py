@@ -1,164 +1,133 @@
 """Recipes: what science a run does, in one complete frozen file. Where things are is settings; how many machines is the launcher's.
 
-A recipe is TOML; unknown keys are errors; its digest is written into what it produced. Fields without a number in the paper are
-marked [chosen] in `docs/training.md`.
+A recipe is TOML; unknown keys are errors; its digest is written into what it produced.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from sdxs.errors import InvalidRequest, NotFound
-from trainer.loop import Schedule
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Optimisation(Section):
-    """Steps, batch and learning rate of one network."""
-
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
-    lr: float = Field(gt=0)
-    warmup: int = Field(default=0, ge=0)
-    cosine: bool = False
-    restarts: list[int] | None = None
-    ema: float | None = Field(default=None, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.warmup >= self.steps:
-            raise ValueError(f"warmup {self.warmup}: the rate never gets there in {self.steps} steps")
-        bounds = [self.warmup, *(self.restarts or []), self.steps]
-        if self.restarts and not (self.cosine and all(a < b for a, b in itertools.pairwise(bounds))):
-            raise ValueError(f"restarts {self.restarts}: they need cosine = true, and ascending steps between warmup and steps")
-        return self
-
-    def schedule(self) -> Schedule:
-        """The learning-rate schedule these numbers describe."""
-        return Schedule(self.steps, self.lr, self.warmup, self.cosine, restarts=tuple(self.restarts or ()))
-
-
-class AutoencoderSection(Optimisation):
-    config: dict[str, Any]
-    kl: float = Field(default=1e-3, ge=0)
-    layout: float = Field(default=1.0, ge=0)
-    colour: float = Field(default=0.5, ge=0)
-
-
-class DenoiserSection(Optimisation):
-    unet: dict[str, Any]
-    text: dict[str, Any]
-    scheduler: dict[str, Any]
-    vocabulary: int = Field(gt=0)
-    max_tokens: int = Field(gt=2)
-    views: int = Field(gt=0)
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+from trainer.sections import (
+    AutoencoderSection,
+    ComputeSection,
+    DataSection,
+    DecoderSection,
+    DenoiserSection,
+    DiffInstructSection,
+    EvaluationSection,
+    FinishSection,
+    ImagesSection,
+    LoraSection,
+    OfflineSection,
+    Optimisation,
+    PairsSection,
+    Section,
+    ShrinkSection,
+    StraightenSection,
+    StudentSection,
+    StyleSection,
+    WarmupSection,
+)  # fmt: skip
 
 
 class TeacherRecipe(Section):
-    """Trains a small multi-step teacher and the judge of its world."""
+    """Trains a small multi-step teacher, on a world, whose judge it trains too, or on captioned images of one's own."""
 
     kind: Literal["teacher"]
     name: str
-    world: str
+    world: str | None = None
+    images: ImagesSection | None = None
     seed: int = 0
-    judge: Optimisation
+    judge: Optimisation | None = None
     autoencoder: AutoencoderSection
     denoiser: DenoiserSection
 
-
-class PairsSection(Section):
-    """Teacher samples: count, solver steps and guidance of psi(x_phi(eps))."""
-
-    count: int = Field(gt=0)
-    steps: int = Field(default=25, gt=0)
-    guidance: float = Field(default=3.0, ge=1)
-    solver: Literal["ddim", "dpm"] = "ddim"
-
-
-class DecoderSection(Optimisation):
-    """Eq. 5. `pixel_weight` adds a full-resolution L1, `encoder_weight` trains the tiny encoder that image-to-image needs."""
-
-    config: dict[str, Any]
-    gan_weight: float = Field(default=0.1, ge=0)
-    gan_start: int = Field(default=0, ge=0)
-    pixel_weight: float = Field(default=0.0, ge=0)
-    encoder_weight: float = Field(default=0.0, ge=0)
-    discriminator_lr: float = Field(default=3e-4, gt=0)
-    discriminator_width: int = Field(default=32, gt=0)
-
-
-class ShrinkSection(Optimisation):
-    """Eqs. 6-8."""
-
-    feature_weight: float = Field(default=1.0, ge=0)
-
-
-class WarmupSection(Optimisation):
-    """Eq. 10. `feature_weights` are w_l: the latent itself, then each down block of the teacher's U-Net."""
-
-    feature_weights: tuple[float, ...]
-    latent_l2: float = Field(default=0.0, ge=0)
-
-
-class DiffInstructSection(Optimisation):
-    """Eqs. 11-12. Pairs of numbers are (start, end) of a linear schedule."""
-
-    online_lr: float = Field(gt=0)
-    online_ratio: int = Field(default=1, gt=0)
-    guidance: float = Field(default=1.75, ge=1)
-    alpha: tuple[float, float] = (1.0, 0.8)
-    lambda_fm: tuple[float, float] = (1.0, 0.2)
-    t_min: float = Field(default=0.02, ge=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.99)
-    feature_weights: tuple[float, ...]
-    latent_l2: float = Field(default=0.0, ge=0)
-
-
-class EvaluationSection(Section):
-    """How many images of each split; the teacher's steps and guidance."""
-
-    train_images: int = Field(gt=0)
-    heldout_images: int = Field(gt=0)
-    teacher_steps: int = 25
-    teacher_guidance: float = 3.0
+    @model_validator(mode="after")
+    def _sources(self) -> Self:
+        if (self.world is None) == (self.images is None):
+            raise ValueError("world or images: a teacher learns from one of the two")
+        if (self.world is None) != (self.judge is None):
+            raise ValueError("judge: a world has one, images have none")
+        return self
 
 
 class DistillRecipe(Section):
-    """Turns a teacher into a one-step bundle: pairs, decoder, unet, warmup, diff_instruct, evaluation."""
+    """Turns a teacher into a one-step bundle: pairs, then the stages that are there, in the order of the fields.
+
+    Prompts are those of a `world`, which also has a judge, or of `data`: one of the two.
+    """
 
     kind: Literal["distill"]
     name: str
-    world: str
+    world: str | None = None
+    data: DataSection | None = None
     teacher: str
     seed: int = 0
+    compute: ComputeSection = ComputeSection()
+    student: StudentSection = StudentSection()
+    offline: OfflineSection | None = None
+    straighten: StraightenSection | None = None
     pairs: PairsSection
     compositions: PairsSection | None = None  # samples of recombined captions too, for the U-Net
     decoder: DecoderSection
     unet: ShrinkSection
-    warmup: WarmupSection
+    warmup: WarmupSection | None = None
     diff_instruct: DiffInstructSection | None = None
+    finish: FinishSection | None = None
     evaluation: EvaluationSection
 
+    @model_validator(mode="after")
+    def _prompts(self) -> Self:
+        if (self.world is None) == (self.data is None):
+            raise ValueError("world or data: the prompts come from one of the two")
+        return self
 
-Recipe = Annotated[TeacherRecipe | DistillRecipe, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[TeacherRecipe | DistillRecipe] = TypeAdapter(Recipe)
+
+class StyleRecipe(Section):
+    """Teaches a finished one-step bundle (`base`) the style of a LoRA made for its teacher; the result is a LoRA for the bundle's U-Net."""
+
+    kind: Literal["style"]
+    name: str
+    world: str | None = None
+    data: DataSection | None = None
+    base: str
+    teacher: str
+    style: LoraSection
+    seed: int = 0
+    compute: ComputeSection = ComputeSection()
+    pairs: PairsSection | None = None  # without: prompts and noise alone, which needs lambda_fm = [0, 0]
+    lora: StyleSection
+    evaluation: EvaluationSection
+
+    @model_validator(mode="after")
+    def _prompts(self) -> Self:
+        if (self.world is None) == (self.data is None):
+            raise ValueError("world or data: the prompts come from one of the two")
+        if self.pairs is None and (
+            max(self.lora.lambda_fm) > 0 or self.lora.latent_gan or self.lora.student_input == "diffused"
+        ):
+            raise ValueError("pairs: feature matching, a latent GAN and diffused input need samples of the teacher")
+        return self
+
+
+AnyRecipe = TeacherRecipe | DistillRecipe | StyleRecipe
+_ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Annotated[AnyRecipe, Field(discriminator="kind")])
 
 
 def digest(value: BaseModel | Any) -> str:
-    """sha256 of the canonical JSON of a recipe, a section of one, or plain data; first 16 hex digits."""
-    data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    """sha256 of the canonical JSON of a recipe, a section of one, or plain data; first 16 hex digits.
+
+    Of a recipe only what differs from the defaults counts: a field added later leaves earlier results valid.
+    """
+    data = value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, BaseModel) else value
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
@@ -169,7 +138,7 @@ def built_in() -> list[str]:
     )
 
 
-def load(name_or_path: str) -> TeacherRecipe | DistillRecipe:
+def load(name_or_path: str) -> AnyRecipe:
     """Read a recipe by built-in name or file path.
 
     Raises:
@@ -182,29 +151,32 @@ def load(name_or_path: str) -> TeacherRecipe | DistillRecipe:
     if not path.is_file():
         raise NotFound(f"recipe {name_or_path!r}: no such file, and not one of {', '.join(built_in())}")
     try:
-        return _validated(tomllib.loads(path.read_text(encoding="utf8")))
-    except tomllib.TOMLDecodeError as error:
+        return parse(tomllib.loads(path.read_text(encoding="utf8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest("recipe", str(path), f"TOML ({error})") from error
+    except InvalidRequest as error:
+        raise InvalidRequest(error.field, error.value, f"{error.allowed} (recipe {path})") from error
 
 
-def of_bundle(folder: Path) -> DistillRecipe:
+def of_bundle(folder: Path) -> DistillRecipe | StyleRecipe:
     """The recipe that a bundle carries.
 
     Raises:
         InvalidRequest: it carries none, or one that this version cannot read; names the field.
     """
     path = folder / "recipe.json"
-    found = _validated(json.loads(path.read_text(encoding="utf8"))) if path.is_file() else None
-    if not isinstance(found, DistillRecipe):
+    found = parse(json.loads(path.read_text(encoding="utf8"))) if path.is_file() else None
+    if not isinstance(found, (DistillRecipe, StyleRecipe)):
         raise InvalidRequest("model", str(folder), "a bundle that carries the recipe it was distilled by, recipe.json")
     return found
 
 
-def _validated(data: dict[str, Any]) -> TeacherRecipe | DistillRecipe:
+def parse(data: dict[str, Any]) -> AnyRecipe:
     """Raises InvalidRequest with the name of the first field that is missing, unknown or out of range."""
     try:
         return _ADAPTER.validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "kind"  # the first part is the kind itself
-        raise InvalidRequest(f"recipe.{where}", first.get("input"), first["msg"]) from error
+        loc = first["loc"][1:] if first["loc"] else ("kind",)  # the first part is the kind itself
+        value = first.get("input") if loc else data.get("name")  # of a rule about the whole, the recipe's name says enough
+        raise InvalidRequest(".".join(["recipe", *map(str, loc)]), value, first["msg"]) from error

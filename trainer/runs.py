@@ -14,38 +14,47 @@ from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer import teacher_stages
-from trainer.artifacts import Artifacts
+from trainer.artifacts import open_artifacts
+from trainer.assemble import check_replaceable
 from trainer.card import add_card
-from trainer.distill import Distillation, slim, write_model_index
+from trainer.distill import Distillation
+from trainer.folders import slim, write_model_index
 from trainer.launch import Cluster
 from trainer.loop import run_local
+from trainer.preflight import check
 from trainer.progress import Bars
-from trainer.recipe import DistillRecipe, TeacherRecipe
-from trainer.scoring import compare
+from trainer.recipe import AnyRecipe, TeacherRecipe
+from trainer.scoring import compare_recipe
 from trainer.session import ray_session
+from trainer.sinks import sinks
+from trainer.tracking import Tracker, told
 
 
-def run_recipe(recipe: TeacherRecipe | DistillRecipe, output: Path, workers: int, teachers: int) -> None:
-    """Run to the end and say where the result is."""
+def run_recipe(recipe: AnyRecipe, output: Path, cluster: Cluster, file: str) -> None:
+    """Check a recipe, read from `file`, run it to the end and say where the result is."""
     console = Console()
     if isinstance(recipe, TeacherRecipe):
         train_teacher(recipe, output)
-        console.print(f"teacher and judge of {recipe.world}: {output}")
+        console.print(f"teacher{f' and judge of {recipe.world}' if recipe.world else ''}: {output}")
         return
     settings = Settings()
+    check_replaceable(output)
+    check(recipe, cluster, settings, file)
+    run_folder = output.with_name(f"{output.name}.run")
+    tracker = Tracker(run_folder, open_artifacts(settings), sinks(run_folder))
     with ray_session(), Bars(console) as bars:
-        cluster = Cluster(workers=workers)
-        result = Distillation(recipe, settings, cluster, bars, teachers).run(output)
+        distillation = Distillation(recipe, settings, cluster, told(tracker, bars))
+        digests = {step.name: step.digest for step in distillation.plan()}
+        with tracker.run(recipe, digests):
+            result = distillation.run(output)
     assert result.bundle is not None
-    store = open_store(settings)
-    artifacts = Artifacts(store, settings.cache_dir / "artifacts")
     with console.status("evaluating") as status:
-        manifest = bundle.read(result.bundle)
-        comparison = compare(result.bundle, manifest, recipe.world, recipe.evaluation, artifacts)
+        comparison = compare_recipe(result.bundle, bundle.read(result.bundle), recipe, settings)
         rows = comparison.timed(comparison.scores(status.update))
-    add_card(result.bundle, recipe, rows, comparison.judge.accuracy)
-    manifest = registry.publish(result.bundle, store)
-    console.print(f"bundle: {output}\npublished as {manifest.digest}")
+    judge = comparison.judge
+    add_card(result.bundle, recipe, rows, judge.accuracy if judge else None, comparison.notes())
+    manifest = registry.publish(result.bundle, open_store(settings))
+    console.print(f"bundle: {output}\nrun: {run_folder / 'index.html'}\npublished as {manifest.digest}")
     console.print(f"point a name at it:  sdxs models promote {manifest.name} {manifest.digest}")
 
 
@@ -63,7 +72,7 @@ def train_teacher(recipe: TeacherRecipe, output: Path) -> None:
         raise InvalidRequest("output", str(output), f"a new folder: {begun} is of another recipe")
     begun.parent.mkdir(exist_ok=True)
     begun.write_text(mine, encoding="utf8")
-    for name in teacher_stages.ORDER:
+    for name in teacher_stages.order(recipe):
         run_folder = output / "runs" / name
         run_local(teacher_stages.build(recipe, name, output), run_folder)
         for result in run_folder.iterdir():
@@ -74,7 +83,7 @@ def train_teacher(recipe: TeacherRecipe, output: Path) -> None:
 
 CARD = """# {name}
 
-A small text-to-image diffusion model of the `{world}` world in diffusers format: {size:.1f} MB in float16. It exists to be distilled:
+A small text-to-image diffusion model of {from} in diffusers format: {size:.1f} MB in float16. It exists to be distilled:
 a teacher for the demo and the tests, not a product.
 
 - **Data**: {data}
@@ -98,6 +107,15 @@ WORLDS = {
 }
 
 
+def _described(recipe: TeacherRecipe) -> dict[str, str]:
+    """What a teacher's card says of its data."""
+    if recipe.world is not None:
+        return {"from": f"the `{recipe.world}` world", **WORLDS[recipe.world]}
+    assert recipe.images is not None
+    data = f"captioned images of {recipe.images.size} pixels from `{recipe.images.images}`."
+    return {"from": "images of its owner", "data": data, "limits": "", "licence": "that of its images."}
+
+
 def package_teacher(recipe: TeacherRecipe, run: Path, target: Path) -> None:
     """The finished teacher as it ships: float16 weights, recipe, loss curves and card, loadable by StableDiffusionPipeline."""
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -106,7 +124,7 @@ def package_teacher(recipe: TeacherRecipe, run: Path, target: Path) -> None:
     write_model_index(target)
     (target / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n")
     curves = []
-    for stage in teacher_stages.ORDER:
+    for stage in teacher_stages.order(recipe):
         log = run / "runs" / stage / "log.jsonl"
         if log.exists():
             curves += [json.dumps({"stage": stage, **json.loads(line)}) for line in log.read_text().splitlines()]
@@ -114,5 +132,5 @@ def package_teacher(recipe: TeacherRecipe, run: Path, target: Path) -> None:
     counts = {p.parent.name: sum(t.numel() for t in load_file(p).values()) for p in sorted(target.rglob("*.safetensors"))}
     size = sum(p.stat().st_size for p in target.rglob("*.safetensors")) / 1e6
     text = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items())
-    card = CARD.format(name=recipe.name, world=recipe.world, size=size, parameters=text, **WORLDS[recipe.world])
+    card = CARD.format(name=recipe.name, size=size, parameters=text, **_described(recipe))
     (target / "README.md").write_text(card)

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import diffusers.utils.logging
 import numpy as np
 import torch
-import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
+from trainer.artifacts import stage_folder
+from trainer.conditioning import Conditioning, concatenate
 from trainer.diffusion import Diffusion, sample
+from trainer.lora import merge_lora
+from trainer.sources import load_frozen, teacher_folder
+from trainer.specs import TeacherSpec
 from trainer.students import FeatureTap
-from trainer.tokenizer import tokenize
+from trainer.text import TextEncoder
 
 Array = np.ndarray
 
@@ -51,14 +53,21 @@ class Decode:
     latent_BCHW: Array
 
 
-Request = Denoise | Sample | Decode
+@dataclass(frozen=True)
+class Encode:
+    """Ask for the latents of images, uint8 (B, H, W, 3): means of the posterior, in the diffusion model's scale."""
+
+    image_BHWC: Array
+
+
+Request = Denoise | Sample | Decode | Encode
 
 
 class Pending(Protocol):
     """A reply on its way."""
 
     def result(self) -> list[Array]:
-        """Block until the reply is there. Denoise: [output, *features]; Sample: [latent]; Decode: [image in [-1, 1]]."""
+        """Block until the reply is there. Denoise: [output, *features]; Sample, Encode: [latent]; Decode: [image in [-1, 1]]."""
         ...
 
 
@@ -70,46 +79,59 @@ class TeacherClient(Protocol):
         ...
 
 
-def hush() -> None:
-    """No bars for loading weights that take milliseconds, no advice on configurations that diffusers wrote itself."""
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def load_frozen(kind: Any, folder: Path) -> Any:
-    """A network of a diffusers or transformers folder in float32, in eval mode, without gradients."""
-    return kind.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
-
-
 def compact(value: Tensor) -> Array:
     """float16 on the wire: half the bytes; the rounding is far below the noise of a training batch."""
-    return value.detach().to(torch.float16).numpy()
+    return value.detach().to(torch.float16).cpu().numpy()
+
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
-    """A diffusers text-to-image folder (unet, vae, text_encoder, tokenizer, scheduler), loaded once, answering requests."""
+    """A diffusers text-to-image folder (unet, vae, text encoders, tokenizers, scheduler), loaded once, answering requests.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.unet: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet")
-        self.unet.to(memory_format=torch.channels_last)
-        self.vae: AutoencoderKL = load_frozen(AutoencoderKL, folder / "vae")
-        self.text = TextEncoder(folder)
+    Networks compute in `dtype`; what is done with their outputs is float32.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.folder, self.device, self.dtype = folder, torch.device(device), dtype
+        self.unet: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet", dtype)
+        self.unet.to(self.device, memory_format=torch.channels_last)
+        self.vae: AutoencoderKL = load_frozen(AutoencoderKL, folder / "vae").to(self.device)
+        self.text = TextEncoder(folder, device, image_size(self.unet.config, self.vae.config))
         self.scheduler_config = DDIMScheduler.from_pretrained(folder / "scheduler").config
         self.diffusion = Diffusion(self.scheduler_config)
         self._taps: dict[tuple[str, ...], FeatureTap] = {}
 
+    @classmethod
+    def load(cls, spec: TeacherSpec, device: torch.device | str = "cpu") -> Teacher:
+        """The networks of a spec, on a device."""
+        teacher = cls(teacher_folder(spec.source), device, DTYPES[spec.precision])
+        if spec.straightened is not None:
+            teacher.unet = load_frozen(
+                UNet2DConditionModel, stage_folder("straighten", spec.straightened) / "unet", teacher.dtype
+            )
+            teacher.unet.to(teacher.device, memory_format=torch.channels_last)
+        if spec.lora is not None:
+            merge_lora(teacher.unet, [network for _, network in teacher.text.parts], spec.lora)
+        return teacher
+
+    def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output, in float32."""
+        conditioning = conditioning.to(self.dtype)
+        output: Tensor = self.unet(x_BCHW.to(self.dtype), t_B, **conditioning.arguments()).sample
+        return output.float()
+
     def guided(self, captions: list[str], guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
         """Network output with classifier-free guidance: out = uncond + guidance (cond - uncond); conditional only when it is 1."""
-        text_BLD = self.text.encode(captions)
+        text = self.text.encode(captions)
         if guidance == 1.0:
-            return lambda x, t: self.unet(x, t, text_BLD).sample
-        both_2BLD = torch.cat([self.text.encode([""] * len(captions)), text_BLD])
+            return lambda x, t: self.predict(x, t, text)
+        both = concatenate([self.text.encode([""] * len(captions)), text])
 
         def predict(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-            uncond, cond = self.unet(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both_2BLD).sample.chunk(2)
-            guided: Tensor = uncond + guidance * (cond - uncond)
-            return guided
+            uncond, cond = self.predict(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both).chunk(2)
+            return uncond + guidance * (cond - uncond)
 
         return predict
 
@@ -117,20 +139,32 @@ class Teacher:
     def answer(self, request: Request) -> list[Array]:
         """Compute a reply; see `Pending.result`."""
         if isinstance(request, Decode):
-            return [compact(self.decode(torch.from_numpy(request.latent_BCHW).float()))]
+            return [compact(self.decode(self._tensor(request.latent_BCHW)))]
+        if isinstance(request, Encode):
+            return [compact(self.encode(self._tensor(request.image_BHWC)))]
+        predict = self.guided(request.captions, request.guidance)
         if isinstance(request, Sample):
-            noise_BCHW = torch.from_numpy(request.noise_BCHW).float()
-            predict = self.guided(request.captions, request.guidance)
+            noise_BCHW = self._tensor(request.noise_BCHW)
             return [compact(sample(predict, noise_BCHW, self.scheduler_config, request.steps, request.solver))]
         tap = self._tap(request.feature_names)
-        predict = self.guided(request.captions, request.guidance)
-        output = predict(torch.from_numpy(request.noisy_BCHW).float(), torch.from_numpy(request.t_B))
+        t_B = torch.from_numpy(request.t_B).to(self.device)
+        output = predict(self._tensor(request.noisy_BCHW), t_B)
         return [compact(output), *(compact(feature) for feature in tap.take())]
 
+    def _tensor(self, value: Array) -> Tensor:
+        return torch.from_numpy(value).to(self.device).float()
+
     def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1] of latents in the diffusion model's scale."""
+        """Images in [-1, 1] of latents in the diffusion model's scale. Always in float32: SDXL's autoencoder overflows in float16."""
         image: Tensor = self.vae.decode(latent_BCHW / self.vae.config.scaling_factor).sample
         return image
+
+    def encode(self, image_BHWC: Tensor) -> Tensor:
+        """Latents in the diffusion model's scale of images with values 0 to 255."""
+        image_BCHW = image_BHWC.permute(0, 3, 1, 2) / 127.5 - 1
+        mean: Tensor = self.vae.encode(image_BCHW).latent_dist.mean
+        scale: float = self.vae.config.scaling_factor
+        return mean * scale
 
     def _tap(self, names: tuple[str, ...]) -> FeatureTap:
         if names not in self._taps:
@@ -138,22 +172,10 @@ class Teacher:
         return self._taps[names]
 
 
-class TextEncoder:
-    """The frozen text encoder that teacher and student share; embeddings are kept by caption."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.network: CLIPTextModel = load_frozen(CLIPTextModel, folder / "text_encoder")
-        self._cache: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> Tensor:
-        """Last hidden states, shape (B, L, D)."""
-        missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
-        if missing:
-            states = self.network(tokenize(self.tokenizer, missing)).last_hidden_state
-            self._cache.update(zip(missing, states.unbind(0), strict=True))
-        return torch.stack([self._cache[c] for c in captions])
+def image_size(unet_config: Any, vae_config: Any) -> int:
+    """Pixels of a side of the images that the networks were made for."""
+    factor: int = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return int(unet_config["sample_size"]) * factor
 
 
 @dataclass(frozen=True)
@@ -165,10 +187,17 @@ class _Done:
 
 
 class InProcessTeacher:
-    """Answers at once in the caller's process: for one-machine runs without Ray and as the pool's reference in tests."""
+    """Answers at once in the caller's process, on its device: a run without a pool, and the pool's reference in tests."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
 
     def submit(self, request: Request) -> Pending:
         return _Done(self.teacher.answer(request))
+
+
+class NobodyToAsk:
+    """Stands where a stage has no teacher to ask."""
+
+    def submit(self, request: Request) -> Pending:
+        raise RuntimeError("this stage asks no teacher")

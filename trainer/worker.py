@@ -2,64 +2,134 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import tempfile
 import time
 from functools import reduce
 from operator import add
 from pathlib import Path
 
+import ray
 import ray.train
 import torch
 from ray.train import Checkpoint
+from ray.train.torch import get_device
 
+from sdxs import registry
+from sdxs.errors import SdxsError, Unavailable
 from sdxs.settings import Settings
-from sdxs.store import open_store
 from trainer import loop
-from trainer.artifacts import Artifacts
+from trainer.artifacts import Artifacts, open_artifacts
+from trainer.data.latent_cache import EncodedImages
+from trainer.data.source import Captions
 from trainer.launch import StageJob
+from trainer.observer import Observer, Timed
 from trainer.pairs import Pairs
-from trainer.recipe import DistillRecipe
+from trainer.placement import Placement, world_size
+from trainer.plan import DRAWN
+from trainer.prompts import fetch_source
+from trainer.real_images import encoded_images
+from trainer.recipe import DistillRecipe, StyleRecipe, TeacherRecipe, parse
+from trainer.sources import hush, latent_shape, teacher_folder
+from trainer.specs import TeacherSpec
 from trainer.stages import STAGES
 from trainer.stages.context import StageContext
+from trainer.teacher import InProcessTeacher, NobodyToAsk, Teacher, TeacherClient
 
 
 def work(job: StageJob) -> None:
-    """Build the stage, resume it, run it, and save its result."""
+    """Build the stage, resume it, run it, and save its result.
+
+    Ray starts the workers again when one fails. Where that cannot help (a loss that is not finite, a full disk, a bad recipe) the
+    reason goes to the board first, and the workers that are started next end at once, however many there are.
+    """
+    if ray.get(job.board.stopped.remote(job.stage)) is not None:
+        return
+    try:
+        _work(job)
+    except (SdxsError, OSError) as error:
+        reason = _final(error)
+        if reason is None:
+            raise
+        ray.get(job.board.stop.remote(job.stage, reason))
+        if world_size() > 1:
+            raise
+
+
+def _final(error: Exception) -> str | None:
+    """Why to try again is of no use; None if it may be of some."""
+    if isinstance(error, Unavailable):
+        return None
+    if isinstance(error, SdxsError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on {socket.gethostname()} for a checkpoint ({error.filename or tempfile.gettempdir()})"
+    return None
+
+
+def _work(job: StageJob) -> None:
     torch.set_num_threads(job.cluster.threads)
-    context = ray.train.get_context()
     os.environ.update(job.settings)
-    artifacts = Artifacts(open_store(Settings()), Path(job.cache))
-    stage = build_stage(job, artifacts, context.get_world_rank())
+    artifacts = open_artifacts(Settings())
+    stage = build_stage(job, artifacts, get_device())
+    first = ray.train.get_context().get_world_rank() == 0
     with tempfile.TemporaryDirectory() as scratch:
         curve = Path(scratch) / "log.jsonl"
         start = _restore(stage, curve)
         started = time.perf_counter()
         _train(stage, job, start, curve)
-        if context.get_world_rank() == 0:
-            result = Path(scratch) / "result"
-            result.mkdir()
-            stage.export(result)
+        result = Path(scratch) / "result"
+        result.mkdir()
+        stage.export(result)  # the workers gather the weights together
+        if first:
             (result / "log.jsonl").write_bytes(curve.read_bytes())
             facts = {"stage": job.stage, "steps": stage.steps, "seconds": round(time.perf_counter() - started, 1)}
             artifacts.save(job.stage, job.digest, result, facts)
         stage.close()
 
 
-def build_stage(job: StageJob, artifacts: Artifacts, rank: int) -> loop.Stage:
+def build_stage(job: StageJob, artifacts: Artifacts, device: torch.device) -> loop.Stage:
     """The stage with its inputs fetched from the store."""
+    hush()
+    recipe = parse(job.recipe)
+    assert not isinstance(recipe, TeacherRecipe)
     inputs = {name: artifacts.fetch(name, digest) for name, digest in job.inputs.items()}
-    drawn = [Pairs.load(inputs[name] / "pairs.safetensors") for name in ("pairs", "compositions") if name in inputs]
+    folder = teacher_folder(recipe.teacher)
+    drawn = [Pairs.load(inputs[name]) for name in DRAWN if name in inputs]
+    if isinstance(recipe, StyleRecipe):
+        inputs["base"], _ = registry.open_model(recipe.base, Settings())
+        drawn = drawn or [_prompts_alone(recipe, folder, job.prompts)]
     context = StageContext(
-        recipe=DistillRecipe(**job.recipe),
-        teacher_folder=Path(job.teacher_folder),
-        teacher=job.client,
+        recipe=recipe,
+        teacher_folder=folder,
+        teacher=Timed(job.client or _own_teacher(job.teacher, device)),
         pairs=reduce(add, drawn),
         inputs=inputs,
-        rank=rank,
+        placement=Placement.of(recipe.compute, device),
+        images=_real_images(recipe, job.stage),
     )
     return STAGES[job.stage](context)
+
+
+def _real_images(recipe: DistillRecipe | StyleRecipe, stage: str) -> EncodedImages | None:
+    """Those that the recipe distils the U-Net on, encoded before."""
+    if stage != "unet" or not isinstance(recipe, DistillRecipe) or recipe.unet.images is None:
+        return None
+    return encoded_images(recipe.unet.images, recipe.teacher, Settings())
+
+
+def _prompts_alone(recipe: StyleRecipe, folder: Path, prompts: str) -> Pairs:
+    """Every prompt once with noise of its own, for a run that needs no samples."""
+    captions = Captions(fetch_source(recipe, prompts, Settings()), "train")
+    return Pairs.of_prompts(captions, latent_shape(folder), recipe.seed + 1)
+
+
+def _own_teacher(spec: TeacherSpec | None, device: torch.device) -> TeacherClient:
+    """A teacher on the worker's own device; none where the stage asks nobody."""
+    return NobodyToAsk() if spec is None else InProcessTeacher(Teacher.load(spec, device))
 
 
 def _restore(stage: loop.Stage, curve: Path) -> int:
@@ -74,21 +144,30 @@ def _restore(stage: loop.Stage, curve: Path) -> int:
 
 def _train(stage: loop.Stage, job: StageJob, start: int, curve: Path) -> None:
     latest: dict[str, float] = {}
+    rank = ray.train.get_context().get_world_rank()
+    observer = Observer(
+        job, stage, open_artifacts(Settings()), lambda step, note: job.board.pin.remote(job.stage, step, stage.steps, note)
+    )
+    reported = start
 
     def report(step: int, metrics: loop.Metrics) -> None:
+        nonlocal reported
+        metrics, reported = observer.measured(step - reported, metrics), step
         latest.clear()
         latest.update(metrics)
         with curve.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
-        if ray.train.get_context().get_world_rank() == 0:
+        if rank == 0:
             job.board.pin.remote(job.stage, step, stage.steps, {**metrics, "worker_pid": os.getpid()})
 
     def checkpoint(step: int) -> None:
+        observer.picture(step)
         if step == stage.steps:
             return  # the result follows at once
         with tempfile.TemporaryDirectory() as folder:
-            if ray.train.get_context().get_world_rank() == 0:
-                loop.save_state(stage, step, Path(folder) / "state.pt")
+            first = rank == 0
+            loop.save_state(stage, step, Path(folder) / "state.pt", write=first)
+            if first:
                 (Path(folder) / "log.jsonl").write_bytes(curve.read_bytes())
                 ray.train.report({"step": step, **latest}, checkpoint=Checkpoint.from_directory(folder))
             else:

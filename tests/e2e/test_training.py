@@ -40,7 +40,7 @@ class Saboteur:
             self._kill("worker", int(metrics["worker_pid"]))
         if stage == "diff_instruct" and "teacher" not in self.killed:
             assert self.distillation is not None
-            [member] = self.distillation.pool.statistics()
+            [member] = [member for pool in self.distillation.pools.values() for member in pool.statistics()]
             self._kill("teacher", int(member["pid"]))
 
     def _kill(self, name: str, pid: int) -> None:

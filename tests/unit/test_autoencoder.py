@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from trainer.recipe import AutoencoderSection
+from trainer.sections import AutoencoderSection
 from trainer.stages.autoencoder import AutoencoderStage, whiten
-from trainer.teacher_stages import image_source
+from trainer.teacher_stages import world_source
 from trainer.worlds.base import get_world
 
 CONFIG: dict[str, Any] = {
@@ -59,7 +59,7 @@ def test_channels_are_whitened_one_by_one(vae: AutoencoderKL) -> None:
 def test_a_trained_autoencoder_is_exported_white(tmp_path: Path) -> None:
     torch.manual_seed(0)
     section = AutoencoderSection(steps=3, batch=4, lr=1e-3, ema=0.9, config=CONFIG)
-    source = image_source(get_world("scenes"))
+    source = world_source(get_world("scenes"))
     stage = AutoencoderStage(section, source, seed=0)
     losses = [float(torch.as_tensor(stage.step(index)["loss"]).detach()) for index in range(3)]
     assert all(0 < loss < 20 for loss in losses)

@@ -73,7 +73,8 @@ def test_several_images_are_numbered(tiny_bundle: Path, tmp_path: Path, monkeypa
         (["serve", "--port", "99999"], 2, "'--port': Input should be less than or equal to 65535"),
         (["serve", "--port", "0"], 2, "'--port': Input should be greater than or equal to 1"),
         (["eval", "emoji", "--images", "0"], 2, "'--images': Input should be greater than or equal to 2"),
-        (["train", "scenes", "--workers", "0"], 2, "'--workers': Input should be greater than or equal to 1"),
+        (["train", "scenes", "--workers", "0"], 2, "workers: got '0', allowed: a number, or FEWEST:MOST"),
+        (["train", "scenes", "--workers", "4:2"], 2, "workers: got '4:2', allowed: a number, or FEWEST:MOST"),
     ],
 )
 def test_refusals(

@@ -99,7 +99,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 def pipeline_latents(teacher: Teacher, captions: list[str], noise: np.ndarray, guidance: float) -> np.ndarray:
     """Five DDIM steps by StableDiffusionPipeline's own loop."""
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(teacher.folder / "vae"), text_encoder=teacher.text.network,
+        vae=AutoencoderKL.from_pretrained(teacher.folder / "vae"), text_encoder=teacher.text.parts[0][1],
         tokenizer=teacher.text.tokenizer, unet=teacher.unet, scheduler=DDIMScheduler.from_config(teacher.scheduler_config),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip

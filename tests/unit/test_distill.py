@@ -10,9 +10,10 @@ import pytest
 from sdxs.errors import AlreadyExists, NotFound
 from sdxs.settings import Settings
 from tests.models import tiny_recipe, tiny_teacher
-from trainer.distill import Distillation, teacher_folder
+from trainer.distill import Distillation
 from trainer.launch import Cluster
 from trainer.recipe import DistillRecipe
+from trainer.sources import teacher_folder
 
 STAGES = ["decoder", "unet", "warmup", "diff_instruct"]
 
@@ -25,7 +26,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(data: dict[str, Any], folder: Path) -> dict[str, str]:
     settings = Settings(store_url=f"file://{folder}", cache_dir=folder / "cache")
     distillation = Distillation(DistillRecipe.model_validate(data), settings, Cluster(), lambda *_: None)
-    return distillation.plan(STAGES)
+    return {step.name: step.digest for step in distillation.plan()}
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
-from trainer.loop import (
-    DivergedError,
-    Ema,
-    Metrics,
-    Schedule,
-    Stage,
-    Trainable,
-    load_state,
-    run,
-    run_local,
-    save_state,
-    step_generator,
-)
+from trainer.loop import Metrics, Stage, load_state, run, run_local, save_state, step_generator
+from trainer.optimisation import DivergedError, Ema, Trainable
+from trainer.schedule import Schedule
 
 SCHEDULE = Schedule(steps=12, lr=0.05, warmup=2, cosine=True)
 
@@ -208,24 +196,3 @@ def test_noise_is_a_function_of_seed_step_and_rank() -> None:
     draws = {key: torch.rand(4, generator=step_generator(*key)) for key in keys}
     assert len({tuple(value.tolist()) for value in draws.values()}) == len(keys)
     assert torch.equal(draws[1, 5000, 7], torch.rand(4, generator=step_generator(1, 5000, 7)))
-
-
-def _worker(rank: int, folder: str) -> None:
-    """One of two data-parallel workers: the same weights, half of the data each."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    module = nn.Linear(3, 1, bias=False)
-    nn.init.ones_(module.weight)
-    trainable = Trainable(module, Schedule(1, 0.1), clip=1e9)
-    batch_BD = torch.arange(12.0).view(4, 3)[2 * rank : 2 * rank + 2]
-    trainable.update(module(batch_BD).square().mean(), 0)
-    torch.save({"gradient": module.weight.grad, "weight": module.weight.detach()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_workers_take_the_step_of_the_whole_batch(tmp_path: Path) -> None:
-    spawn(_worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    batch_BD = torch.arange(12.0).view(4, 3)
-    by_hand = (2 * batch_BD.sum(1, keepdim=True) * batch_BD).mean(0)  # of the mean square of w x, at w = 1
-    torch.testing.assert_close(first["gradient"][0], by_hand)
-    assert torch.equal(first["weight"], second["weight"]) and not torch.equal(first["weight"], torch.ones(1, 3))

@@ -16,8 +16,8 @@ from sdxs.noise import latent_noise
 from tests.models import tiny_teacher
 from trainer import pairs as module
 from trainer.diffusion import sample
-from trainer.pairs import Pairs, draw_pairs, recombine
-from trainer.recipe import PairsSection
+from trainer.pairs import Pairs, PairsOrder, draw_pairs, recombine
+from trainer.sections import PairsSection
 from trainer.teacher import InProcessTeacher, Teacher
 
 SHAPE = (8, 4, 4)
@@ -31,7 +31,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 
 
 def drawn(teacher: Teacher, section: PairsSection = SECTION, seed: int = 3) -> Pairs:
-    return draw_pairs(InProcessTeacher(teacher), CAPTIONS, section, SHAPE, seed, lambda _done: None)
+    return draw_pairs(InProcessTeacher(teacher), PairsOrder.of(CAPTIONS, section, SHAPE, seed), lambda _done: None)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm"])
@@ -72,14 +72,14 @@ def test_captions_go_round_and_seeds_never_meet(teacher: Teacher) -> None:
 def test_progress_counts_up_to_all(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH", 4)
     told: list[int] = []
-    draw_pairs(InProcessTeacher(teacher), CAPTIONS, SECTION, SHAPE, 3, told.append)
+    draw_pairs(InProcessTeacher(teacher), PairsOrder.of(CAPTIONS, SECTION, SHAPE, 3), told.append)
     assert told == [4, 8, 11]
 
 
 def test_a_saved_file_is_read_back(teacher: Teacher, tmp_path: Path) -> None:
     pairs = drawn(teacher)
     pairs.save(tmp_path / "pairs.safetensors")
-    read = Pairs.load(tmp_path / "pairs.safetensors")
+    read = Pairs.load(tmp_path)
     assert read.captions == pairs.captions
     assert torch.equal(read.latent_NCHW, pairs.latent_NCHW)
     assert torch.equal(read.seed_N, pairs.seed_N)
@@ -103,7 +103,7 @@ def test_a_batch_hands_out_each_rows_own_noise_latent_and_caption(teacher: Teach
 def test_added_pairs_keep_their_rows(teacher: Teacher) -> None:
     first, second = drawn(teacher), drawn(teacher, seed=4)
     both = first + second
-    assert both.captions == first.captions + second.captions
+    assert both.captions == [*first.captions, *second.captions]
     assert torch.equal(both.seed_N[11:], second.seed_N)
     assert torch.equal(both.latent_NCHW[:11], first.latent_NCHW)
 

@@ -25,23 +25,27 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
+def holds(found: Any, wanted: Any) -> bool:
+    """Whether all that is wanted is there, at any depth."""
+    if isinstance(wanted, dict):
+        return all(name in found and holds(found[name], value) for name, value in wanted.items())
+    return bool(found == wanted)
+
+
 @pytest.mark.parametrize("name", built_in())
 def test_built_in_recipe_is_what_its_file_says(name: str) -> None:
     recipe = load(name)
     data = tomllib.loads((resources.files("trainer.recipes") / f"{name}.toml").read_text(encoding="utf8"))
-    assert isinstance(recipe, TeacherRecipe if data["kind"] == "teacher" else DistillRecipe)
-    dumped = recipe.model_dump(mode="json")
-    for section, values in data.items():
-        expected = values if isinstance(values, dict) else {section: values}
-        found = dumped[section] if isinstance(values, dict) else dumped
-        assert {key: found[key] for key in expected} == expected
-    assert get_world(recipe.world).name == recipe.world
-    if isinstance(recipe, DistillRecipe):
+    assert recipe.kind == data["kind"]
+    assert holds(recipe.model_dump(mode="json"), data)
+    if recipe.world is not None:
+        assert get_world(recipe.world).name == recipe.world
+    if isinstance(recipe, DistillRecipe) and recipe.world is not None:
         teacher = load(recipe.teacher)
         assert isinstance(teacher, TeacherRecipe)
         assert recipe.decoder.config["latent_channels"] == teacher.denoiser.unet["in_channels"]
         features = 1 + len(teacher.denoiser.unet["down_block_types"])  # the latent itself, then each down block
-        assert len(recipe.warmup.feature_weights) == features
+        assert recipe.warmup is None or len(recipe.warmup.feature_weights) == features
         assert recipe.diff_instruct is None or len(recipe.diff_instruct.feature_weights) == features
 
 
@@ -55,12 +59,12 @@ def test_built_in_recipe_is_what_its_file_says(name: str) -> None:
             "recipe.warmup.feature_weights",
         ),  # missing
         ("count = 4096", "count = 0", "recipe.pairs.count"),
-        ('solver = "dpm"', 'solver = "euler"', "recipe.pairs.solver"),
+        ('solver = "dpm"', 'solver = "plms"', "recipe.pairs.solver"),
         ("steps = 900", 'steps = "many"', "recipe.unet.steps"),
         ("alpha = [0.95, 0.7]", "alpha = [0.95]", "recipe.diff_instruct.alpha.1"),
         ("steps = 900", "steps = 900\nrestarts = [900]", "recipe.unet"),
         ("steps = 900", "steps = 20", "recipe.unet"),  # ends before its warm-up
-        ('world = "scenes"', "", "recipe.world"),
+        ('world = "scenes"', "", "recipe"),
         ('kind = "distill"', 'kind = "distil"', "recipe.kind"),
         ('kind = "distill"', "", "recipe.kind"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,25 @@ from torch.nn import functional as F
 from sdxs.noise import latent_noise
 from tests.models import tiny_recipe, tiny_teacher
 from trainer.diffusion import Diffusion
+from trainer.features import UNetEncoder
 from trainer.loop import Stage, load_state, save_state
-from trainer.pairs import Pairs, draw_pairs
+from trainer.pairs import Pairs, PairsOrder, draw_pairs
+from trainer.placement import Deal
 from trainer.recipe import DistillRecipe
+from trainer.sources import load_frozen
 from trainer.stages import STAGES
-from trainer.stages.context import Ahead, EncoderFeatures, OneStep, StageContext
+from trainer.stages.context import Ahead, OneStep, StageContext
 from trainer.stages.decoder import PatchDiscriminator
 from trainer.students import FeatureTap, shrink
-from trainer.teacher import Decode, Denoise, InProcessTeacher, Request, Teacher, TextEncoder, compact
+from trainer.teacher import Decode, Denoise, InProcessTeacher, Request, Teacher, compact
+from trainer.text import TextEncoder
 
 STEPS, SHAPE = 3, (8, 4, 4)
+DIFF_INSTRUCT = {
+    "loss", "score_gradient", "gap", "feature_matching", "online", "alpha", "lambda_fm", "gradient_norm"
+}  # fmt: skip
 UPSTREAM = {"decoder": [], "unet": [], "warmup": ["unet"], "diff_instruct": ["warmup"]}
+NAMES = tuple(UPSTREAM)
 CAPTIONS = ["a red circle", "blue star", "green square"]
 
 
@@ -52,9 +60,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     teacher = Teacher(tiny_teacher(folder / "teacher"))
     recipe = DistillRecipe.model_validate(tiny_recipe(teacher.folder, STEPS))
     client = InProcessTeacher(teacher)
-    pairs = draw_pairs(client, CAPTIONS, recipe.pairs, SHAPE, 1, lambda _done: None)
+    pairs = draw_pairs(client, PairsOrder.of(CAPTIONS, recipe.pairs, SHAPE, 1), lambda _done: None)
     found = Done(teacher, pairs, {}, {}, {})
-    for name, build in STAGES.items():
+    for name in NAMES:
+        build = STAGES[name]
         inputs = {upstream: found.folders[upstream] for upstream in UPSTREAM[name]}
         found.contexts[name] = StageContext(recipe, teacher.folder, client, pairs, inputs)
         stage = build(found.contexts[name])
@@ -79,10 +88,10 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("decoder", {"loss", "down8_l1", "pixel_l1", "gan", "discriminator"}),
-        ("unet", {"loss", "output", "features"}),
-        ("warmup", {"loss", "feature_matching", "latent_l2"}),
-        ("diff_instruct", {"loss", "score_gradient", "feature_matching", "online", "alpha", "lambda_fm"}),
+        ("decoder", {"loss", "down8_l1", "pixel_l1", "gan", "discriminator", "gradient_norm"}),
+        ("unet", {"loss", "output", "features", "gradient_norm"}),
+        ("warmup", {"loss", "feature_matching", "latent_l2", "gradient_norm"}),
+        ("diff_instruct", DIFF_INSTRUCT),
     ],
 )
 def test_every_step_reports_finite_numbers(done: Done, name: str, expected: set[str]) -> None:
@@ -112,7 +121,7 @@ def test_each_student_starts_where_the_stage_before_ended(done: Done) -> None:
     before = shrink(teacher).state_dict()
     for name in ("unet", "warmup", "diff_instruct"):
         stage = STAGES[name](done.contexts[name])
-        assert distance(stage.trainables["unet"].network.state_dict(), before) == 0
+        assert distance(dict(stage.trainables["unet"].network.state_dict()), before) == 0
         after = weights(done.folders[name])
         # AdamW moves a weight by at most about the rate, 1e-3, a step.
         assert 1e-4 < distance(after, before) < STEPS * 1.5e-3
@@ -131,7 +140,7 @@ def test_the_first_distillation_loss_by_hand(done: Done) -> None:
     asked, _ = stage._draw(0)
     student = shrink(UNet2DConditionModel.from_pretrained(done.teacher.folder / "unet"))
     x_BCHW, t_B = torch.from_numpy(asked.noisy_BCHW).float(), torch.from_numpy(asked.t_B)
-    text_BLD = done.teacher.text.encode(asked.captions)
+    text_BLD = done.teacher.text.encode(asked.captions).text_BLD
     with torch.no_grad():
         expected = (student(x_BCHW, t_B, text_BLD).sample - done.teacher.unet(x_BCHW, t_B, text_BLD).sample).square().mean()
     assert done.metrics["unet"][0]["output"] == pytest.approx(float(expected), rel=5e-3)
@@ -148,7 +157,7 @@ def test_the_first_decoder_loss_by_hand(done: Done) -> None:
     assert done.metrics["decoder"][0]["down8_l1"] == pytest.approx(np.abs(blocks).mean(), rel=5e-3)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_stage_repeats_the_unbroken_one_exactly(done: Done, name: str, tmp_path: Path) -> None:
     first = STAGES[name](done.contexts[name])
     assert steps_of(first, range(2)) == done.metrics[name][:2]
@@ -160,8 +169,7 @@ def test_a_resumed_stage_repeats_the_unbroken_one_exactly(done: Done, name: str,
 
 def test_workers_of_one_run_draw_different_batches(done: Done) -> None:
     context = done.contexts["warmup"]
-    other = replace(context, rank=1)
-    drawn = [c.pairs.draw(4, c.generator(0))[0] for c in (context, other, context)]
+    drawn = [context.draw(Deal(4, 2, rank, 2).turn(0), 4).noise_BCHW for rank in (0, 1, 0)]
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
 
 
@@ -173,18 +181,19 @@ def test_one_step_is_alpha_x_minus_sigma_v_at_the_last_timestep(done: Done) -> N
     alpha_bar = np.prod(1 - betas)
     with torch.no_grad():
         found = OneStep(student, text, Diffusion.of(done.teacher.folder))(noise, CAPTIONS[:2])
-        v = student(noise, 999, text.encode(CAPTIONS[:2])).sample
+        v = student(noise, 999, text.encode(CAPTIONS[:2]).text_BLD).sample
     expected = alpha_bar**0.5 * noise.numpy() - (1 - alpha_bar) ** 0.5 * v.numpy()
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_features_are_those_of_the_teachers_own_forward_pass(done: Done) -> None:
     latent, text = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), TextEncoder(done.teacher.folder)
-    found = EncoderFeatures(done.teacher.folder, text)(latent, CAPTIONS[:2])
+    unet = load_frozen(UNet2DConditionModel, done.teacher.folder / "unet")
+    found = UNetEncoder(unet)(latent, text.encode(CAPTIONS[:2]))
     teacher = UNet2DConditionModel.from_pretrained(done.teacher.folder / "unet").eval()
     tap = FeatureTap(teacher, [f"down_blocks.{i}" for i in range(3)])
     with torch.no_grad():
-        teacher(latent, 0, text.encode(CAPTIONS[:2]))
+        teacher(latent, 0, text.encode(CAPTIONS[:2]).text_BLD)
     for feature, expected in zip(found, [latent, *tap.take()], strict=True):
         torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
 
@@ -227,7 +236,7 @@ def test_requests_run_ahead_but_never_beyond_the_end(done: Done) -> None:
     def draw(step: int) -> tuple[int, Request]:
         return step, Decode(np.full((1, *SHAPE), step, np.float16))
 
-    ahead = Ahead(recorder, draw, steps=6, depth=2)
+    ahead = Ahead(recorder, draw, count=6, depth=2)
     for step, asked in ((1, 3), (2, 4), (3, 5), (4, 5), (5, 5)):
         kept, [image] = ahead.get(step)
         assert kept == step
@@ -235,7 +244,7 @@ def test_requests_run_ahead_but_never_beyond_the_end(done: Done) -> None:
             expected = done.teacher.vae.decode(torch.full((1, *SHAPE), float(step))).sample
         torch.testing.assert_close(image, expected, rtol=5e-3, atol=5e-3)
         assert recorder.asked == list(range(1, asked + 1))
-    skipping = Ahead(recorder, draw, steps=6)
+    skipping = Ahead(recorder, draw, count=6)
     skipping.get(0)
     with pytest.raises(RuntimeError, match="expected 1, got 3"):
         skipping.get(3)

@@ -9,10 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from trainer.loop import Stage, Trainable, step_generator
+from trainer.loop import Stage, step_generator
 from trainer.objectives.decoder import down8_l1
 from trainer.objectives.reconstruction import gradient_l1, kl_per_element, opponent_l1
-from trainer.recipe import AutoencoderSection
+from trainer.optimisation import Trainable
+from trainer.sections import AutoencoderSection
 
 ImageBatch = Callable[[int, torch.Generator], Tensor]
 

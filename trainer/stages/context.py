@@ -4,106 +4,151 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainer.data.latent_cache import EncodedImages
 from trainer.diffusion import Diffusion
 from trainer.loop import step_generator
 from trainer.pairs import Pairs
-from trainer.recipe import DistillRecipe
-from trainer.teacher import Pending, Request, TeacherClient, TextEncoder, load_frozen
+from trainer.placement import Deal, Placement, Turn, worker_rank
+from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.teacher import Pending, Request, TeacherClient, image_size
+from trainer.text import TextEncoder
 
 LAST_TIMESTEP = 999  # the single step starts here (paper: one step at t = 999, guidance 0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of pairs on the worker's device, and the generator that drew it, for what else the turn draws."""
+
+    noise_BCHW: Tensor
+    target_BCHW: Tensor
+    captions: list[str]
+    generator: torch.Generator
 
 
 @dataclass(frozen=True)
 class StageContext:
     """Inputs of one stage on one worker. `inputs` maps upstream stage names to folders with their exported results."""
 
-    recipe: DistillRecipe
+    recipe: DistillRecipe | StyleRecipe
     teacher_folder: Path
     teacher: TeacherClient
     pairs: Pairs
     inputs: dict[str, Path]
-    rank: int = 0
+    placement: Placement = field(default_factory=Placement)
+    images: EncodedImages | None = None  # real ones, where the recipe has them for this stage
 
-    def generator(self, index: int) -> torch.Generator:
-        """The step's source of randomness on this worker."""
-        return step_generator(self.recipe.seed, index, self.rank)
+    def draw(self, turn: Turn, size: int) -> Batch:
+        """The pairs of a turn: a function of seed, step and micro-batch alone, not of worker or device."""
+        generator = step_generator(self.recipe.seed, turn.index, turn.micro)
+        noise_BCHW, target_BCHW, captions = self.pairs.draw(size, generator)
+        device = self.placement.device
+        return Batch(noise_BCHW.to(device), target_BCHW.to(device), captions, generator)
+
+    def draw_latents(self, turn: Turn, size: int) -> Batch:
+        """Latents to diffuse: of real images where there are some, else the teacher's samples."""
+        if self.images is None:
+            return self.draw(turn, size)
+        generator = step_generator(self.recipe.seed, turn.index, turn.micro)
+        latent_BCHW, captions = self.images.draw(size, generator)
+        return Batch(torch.empty(0), latent_BCHW.to(self.placement.device), captions, generator)
+
+    def text_encoder(self) -> TextEncoder:
+        """The teacher's, on this worker's device."""
+        unet = UNet2DConditionModel.load_config(self.teacher_folder / "unet")
+        vae = UNet2DConditionModel.load_config(self.teacher_folder / "vae")
+        return TextEncoder(self.teacher_folder, self.placement.device, image_size(unet, vae))
 
 
 T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Keeps `depth` requests of future steps in flight, so that the teacher works while the worker does.
+    """Keeps `depth` requests of future micro-batches in flight, so that the teacher works while the worker does.
 
-    `draw` must be a function of the step index alone: a resumed run then asks for exactly what an unbroken one would.
+    `draw` must be a function of the number alone: a resumed run then asks for exactly what an unbroken one would.
     """
 
-    def __init__(self, client: TeacherClient, draw: Callable[[int], tuple[T, Request]], steps: int, depth: int = 3) -> None:
-        self.client, self.draw, self.steps, self.depth = client, draw, steps, depth
+    def __init__(self, client: TeacherClient, draw: Callable[[int], tuple[T, Request]], count: int, depth: int = 3) -> None:
+        self.client, self.draw, self.count, self.depth = client, draw, count, depth
         self._waiting: deque[tuple[int, T, Pending]] = deque()
 
-    def get(self, index: int) -> tuple[T, list[Tensor]]:
-        """What `draw` kept for step `index`, and the teacher's reply as float32 tensors."""
-        following = self._waiting[-1][0] + 1 if self._waiting else index
-        for step in range(following, min(self.steps, index + self.depth + 1)):
-            kept, request = self.draw(step)
-            self._waiting.append((step, kept, self.client.submit(request)))
-        step, kept, pending = self._waiting.popleft()
-        if step != index:
-            raise RuntimeError(f"steps must be asked for in order: expected {step}, got {index}")
-        return kept, [torch.from_numpy(np.array(part, dtype=np.float32)) for part in pending.result()]
+    def get(self, number: int) -> tuple[T, list[Tensor]]:
+        """What `draw` kept for micro-batch `number`, and the teacher's reply as float32 tensors."""
+        following = self._waiting[-1][0] + 1 if self._waiting else number
+        for one in range(following, min(self.count, number + self.depth + 1)):
+            kept, request = self.draw(one)
+            self._waiting.append((one, kept, self.client.submit(request)))
+        first, kept, pending = self._waiting.popleft()
+        if first != number:
+            raise RuntimeError(f"micro-batches must be asked for in order: expected {first}, got {number}")
+        return kept, received(pending)
+
+
+def received(pending: Pending) -> list[Tensor]:
+    """A reply as float32 tensors."""
+    return [torch.from_numpy(np.array(part, dtype=np.float32)) for part in pending.result()]
+
+
+class Predictor:
+    """A U-Net as the stages call it: by captions, in the worker's precision, float32 out."""
+
+    def __init__(self, module: nn.Module, text: TextEncoder, placement: Placement) -> None:
+        self.module, self.text, self.placement = module, text, placement
+
+    def __call__(self, noisy_BCHW: Tensor, t_B: Tensor, captions: list[str]) -> Tensor:
+        """The network's output, shape (B, C, H, W)."""
+        conditioning = self.text.encode(captions)
+        with self.placement.autocast():
+            noisy_BCHW = noisy_BCHW.contiguous(memory_format=torch.channels_last)
+            output: Tensor = self.module(noisy_BCHW, t_B.to(noisy_BCHW.device), **conditioning.arguments()).sample
+        return output.float()
 
 
 class OneStep:
     """x_theta(eps): the student's one-step generation, differentiable."""
 
-    def __init__(self, student: UNet2DConditionModel, text: TextEncoder, diffusion: Diffusion) -> None:
-        self.student, self.text, self.diffusion = student, text, diffusion
+    def __init__(self, student: nn.Module, text: TextEncoder, diffusion: Diffusion, placement: Placement | None = None) -> None:
+        self.predict, self.diffusion = Predictor(student, text, placement or Placement()), diffusion
 
     def __call__(self, noise_BCHW: Tensor, captions: list[str]) -> Tensor:
         """Latents from unit noise, shape (B, C, H, W), formed in float32."""
-        t_B = torch.full((len(noise_BCHW),), LAST_TIMESTEP)
-        noise_BCHW = noise_BCHW.contiguous(memory_format=torch.channels_last)
-        output_BCHW = self.student(noise_BCHW, t_B, self.text.encode(captions)).sample
-        return self.diffusion.x0(noise_BCHW, output_BCHW, t_B)
+        t_B = torch.full((len(noise_BCHW),), LAST_TIMESTEP, device=noise_BCHW.device)
+        return self.diffusion.x0(noise_BCHW, self.predict(noise_BCHW, t_B, captions), t_B)
 
-
-class EncoderFeatures:
-    """f^l of eq. 10 on latents: the latent itself, then the output of each down block of the teacher's U-Net at t = 0.
-
-    Lives in the worker, not the pool, because gradients pass through it to the student.
-    """
-
-    def __init__(self, teacher_folder: Path, text: TextEncoder) -> None:
-        unet: UNet2DConditionModel = load_frozen(UNet2DConditionModel, teacher_folder / "unet")
-        unet.up_blocks, unet.mid_block = torch.nn.ModuleList(), None
-        self.unet, self.text = unet.to(memory_format=torch.channels_last), text
-
-    def __call__(self, latent_BCHW: Tensor, captions: list[str]) -> list[Tensor]:
-        unet, text_BLD = self.unet, self.text.encode(captions)
-        t_B = torch.zeros(len(latent_BCHW), dtype=torch.long)
-        emb = unet.time_embedding(unet.get_time_embed(latent_BCHW, t_B))
-        added = unet.get_aug_embed(emb, text_BLD, {})
-        emb = emb if added is None else emb + added
-        hidden_BCHW = unet.conv_in(latent_BCHW.contiguous(memory_format=torch.channels_last))
-        features = [latent_BCHW]
-        for block in unet.down_blocks:
-            extra = {"encoder_hidden_states": text_BLD} if getattr(block, "has_cross_attention", False) else {}
-            hidden_BCHW, _ = block(hidden_states=hidden_BCHW, temb=emb, **extra)
-            features.append(hidden_BCHW)
-        return features
+    def start(self, batch: Batch, kind: str) -> Tensor:
+        """What the student is fed with in training: the noise, or the teacher's sample diffused to t = 999 with it (paper, figures)."""
+        if kind == "noise":
+            return batch.noise_BCHW
+        t_B = torch.full((len(batch.noise_BCHW),), LAST_TIMESTEP, device=batch.noise_BCHW.device)
+        return self.diffusion.diffuse(batch.target_BCHW, batch.noise_BCHW, t_B)
 
 
 def load_student(folder: Path) -> UNet2DConditionModel:
-    """A trainable student U-Net from an upstream stage's result."""
+    """A trainable student U-Net from an upstream stage's result or a bundle."""
     student: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    return student.to(memory_format=torch.channels_last)
+    return student
+
+
+def save_network(kind: type, config: object, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write whole weights in diffusers format; on the first worker only."""
+    if worker_rank():
+        return
+    with torch.device("meta"):
+        network = kind.from_config(config)  # type: ignore[attr-defined]
+    network.load_state_dict(weights, assign=True)
+    network.save_pretrained(folder)
+
+
+__all__ = [
+    "Ahead", "Batch", "Deal", "OneStep", "Predictor", "StageContext", "load_student", "received", "save_network",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stage 1: the tiny image decoder (eq. 5), on latents sampled from the teacher and the teacher decoder's images of them."""
+"""The tiny image decoder (eq. 5), on latents sampled from the teacher and the teacher decoder's images of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.loop import Schedule, Stage, Trainable, channels_last
-from trainer.objectives.decoder import discriminator_hinge, down8_l1, generator_hinge
-from trainer.stages.context import Ahead, StageContext
+from trainer.loop import Stage
+from trainer.objectives.decoder import down8_l1
+from trainer.objectives.gan import discriminator_hinge, generator_hinge
+from trainer.optimisation import Losses, Trainable, stage_trainable
+from trainer.placement import Deal, Turn, frozen
+from trainer.recipe import DistillRecipe
+from trainer.schedule import Schedule
+from trainer.stages.context import Ahead, StageContext, save_network
 from trainer.teacher import Decode, Request, compact
 
 
@@ -35,54 +40,79 @@ class PatchDiscriminator(nn.Module):
         return logits
 
 
+class TinyCoder(nn.Module):
+    """Both halves of AutoencoderTiny in one forward call, which data-parallel training needs."""
+
+    def __init__(self, vae: AutoencoderTiny, encodes: bool) -> None:
+        super().__init__()
+        self.vae, self.encodes = vae, encodes
+        if not encodes:
+            vae.encoder.requires_grad_(False)
+
+    def forward(self, latent_BCHW: Tensor, image_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        decoded: Tensor = self.vae.decode(latent_BCHW.contiguous(memory_format=torch.channels_last)).sample
+        return decoded, self.vae.encode(image_BCHW).latents if self.encodes else None
+
+
 class DecoderStage(Stage):
     """Trains AutoencoderTiny's decoder by eq. 5 and, on the side, its encoder to invert the teacher's decoder."""
 
     def __init__(self, context: StageContext) -> None:
-        section = context.recipe.decoder
+        assert isinstance(context.recipe, DistillRecipe)
+        section, placement = context.recipe.decoder, context.placement
         torch.manual_seed(context.recipe.seed)
-        self.context, self.section, self.steps = context, section, section.steps
-        self.vae = AutoencoderTiny(**section.config).to(memory_format=torch.channels_last)
-        factor = 2 ** (len(section.config["decoder_block_out_channels"]) - 1)
-        self.factor = factor
-        self.discriminator = channels_last(
-            PatchDiscriminator(section.config["latent_channels"], section.discriminator_width, factor.bit_length() - 1)
+        self.context, self.section, self.steps, self.deal = context, section, section.steps, Deal.of(section)
+        self.vae = AutoencoderTiny(**section.config)
+        self.factor = 2 ** (len(section.config["decoder_block_out_channels"]) - 1)
+        self.discriminator = PatchDiscriminator(
+            section.config["latent_channels"], section.discriminator_width, self.factor.bit_length() - 1
         )
-        critic = Schedule(section.steps, section.discriminator_lr)
+        coder = TinyCoder(self.vae, bool(section.encoder_weight))
         self.trainables = {
-            "vae": Trainable(self.vae, section.schedule(), weight_decay=0.0, ema_decay=section.ema),
-            "discriminator": Trainable(self.discriminator, critic, betas=(0.5, 0.99), weight_decay=0.0),
-        }
-        self.ahead = Ahead(context.teacher, self._draw, section.steps)
+            "vae": stage_trainable(coder, section, placement, weight_decay=0.0),
+            "discriminator": Trainable(
+                placement.place(self.discriminator), Schedule(section.steps, section.discriminator_lr), betas=(0.5, 0.99),
+                weight_decay=0.0, placement=placement,
+            ),
+        }  # fmt: skip
+        self.ahead = Ahead(context.teacher, self._draw, section.steps * self.deal.rounds)
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: target, output, latent
 
-    def _draw(self, index: int) -> tuple[Tensor, Request]:
-        _, latent_BCHW, _ = self.context.pairs.draw(self.section.batch, self.context.generator(index))
+    def _draw(self, number: int) -> tuple[Tensor, Request]:
+        latent_BCHW = self.context.draw(self.deal.turn(number), self.deal.size).target_BCHW
         return latent_BCHW, Decode(compact(latent_BCHW))
 
-    def step(self, index: int) -> dict[str, Tensor | float]:
-        latent_BCHW, (target_BCHW,) = self.ahead.get(index)
-        target_BCHW = target_BCHW.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
-        output_BCHW = self.vae.decode(latent_BCHW).sample
-        layout = down8_l1(output_BCHW, target_BCHW, self.factor)
-        pixel = F.l1_loss(output_BCHW, target_BCHW)
-        loss = layout + self.section.pixel_weight * pixel
-        if self.section.encoder_weight:
-            loss = loss + self.section.encoder_weight * F.mse_loss(self.vae.encode(target_BCHW).latents, latent_BCHW)
-        metrics: dict[str, Tensor | float] = {"down8_l1": layout, "pixel_l1": pixel}
-        if self.section.gan_weight and index >= self.section.gan_start:
-            adversarial = generator_hinge(self.discriminator(output_BCHW, latent_BCHW))
-            loss = loss + self.section.gan_weight * adversarial
-            metrics["gan"] = adversarial
-        self.trainables["vae"].update(loss, index)
+    def step(self, index: int) -> Losses:
+        turns, self._seen = self.deal.turns(index), []
+        metrics = self.trainables["vae"].learn(turns, self._losses)
         if "gan" in metrics:
-            metrics["discriminator"] = self._train_discriminator(target_BCHW, output_BCHW.detach(), latent_BCHW, index)
-        return {"loss": loss, **metrics}
+            found = self.trainables["discriminator"].learn(turns, self._discriminator_loss)
+            metrics["discriminator"] = found["loss"]
+        return metrics
 
-    def _train_discriminator(self, real_BCHW: Tensor, fake_BCHW: Tensor, latent_BCHW: Tensor, index: int) -> Tensor:
-        loss = discriminator_hinge(self.discriminator(real_BCHW, latent_BCHW), self.discriminator(fake_BCHW, latent_BCHW))
-        self.trainables["discriminator"].update(loss, index)
-        return loss
+    def _losses(self, turn: Turn) -> Losses:
+        latent_BCHW, (target_BCHW,) = self.ahead.get(turn.sequence)
+        target_BCHW = target_BCHW.clamp(-1, 1).to(latent_BCHW.device, memory_format=torch.channels_last)
+        with self.context.placement.autocast():
+            output_BCHW, encoded_BCHW = self.trainables["vae"].module(latent_BCHW, target_BCHW)
+        output_BCHW = output_BCHW.float()
+        layout, pixel = down8_l1(output_BCHW, target_BCHW, self.factor), F.l1_loss(output_BCHW, target_BCHW)
+        loss = layout + self.section.pixel_weight * pixel
+        if encoded_BCHW is not None:
+            loss = loss + self.section.encoder_weight * F.mse_loss(encoded_BCHW.float(), latent_BCHW)
+        losses: Losses = {"down8_l1": layout, "pixel_l1": pixel}
+        if self.section.gan_weight and turn.index >= self.section.gan_start:
+            with frozen(self.discriminator):
+                losses["gan"] = generator_hinge([self.discriminator(output_BCHW, latent_BCHW)])
+            loss = loss + self.section.gan_weight * losses["gan"]
+            self._seen.append((target_BCHW, output_BCHW.detach(), latent_BCHW))
+        return {"loss": loss, **losses}
+
+    def _discriminator_loss(self, turn: Turn) -> Losses:
+        real_BCHW, fake_BCHW, latent_BCHW = self._seen[turn.sequence % self.deal.rounds]
+        judge = self.trainables["discriminator"].module
+        return {"loss": discriminator_hinge([judge(real_BCHW, latent_BCHW)], [judge(fake_BCHW, latent_BCHW)])}
 
     def export(self, folder: Path) -> None:
-        self.vae.load_state_dict(self.trainables["vae"].averaged())
-        self.vae.save_pretrained(folder / "vae")
+        weights = {name.removeprefix("vae."): value for name, value in self.trainables["vae"].averaged().items()}
+        save_network(AutoencoderTiny, self.vae.config, weights, folder / "vae")

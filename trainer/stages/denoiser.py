@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.diffusion import Diffusion, stratified_timesteps
-from trainer.loop import Stage, Trainable, step_generator
-from trainer.recipe import DenoiserSection
+from trainer.loop import Stage, step_generator
+from trainer.optimisation import Trainable
+from trainer.sections import DenoiserSection
 from trainer.tokenizer import tokenize
 
 LatentBatch = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]

@@ -1,93 +1,186 @@
-"""Stage 4: Segmented Diff-Instruct (eqs. 11-12, Alg. 1): the one-step student against an offline and an online score."""
+"""Segmented Diff-Instruct (eqs. 11-12, Alg. 1): the one-step student against an offline and an online score."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from trainer.diffusion import Diffusion, stratified_timesteps
-from trainer.loop import Schedule, Stage, Trainable
-from trainer.objectives.diff_instruct import denoising_loss, diff_instruct, linear_schedule, score_gradient, segment_end
-from trainer.objectives.feature_matching import feature_matching
-from trainer.stages.context import EncoderFeatures, OneStep, StageContext, load_student
-from trainer.teacher import Denoise, TextEncoder, compact
+from trainer.diffusion import Diffusion
+from trainer.loop import Stage, average_over_workers
+from trainer.objectives.diff_instruct import segment_end
+from trainer.objectives.schedules import AdaptiveProgress, interpolate, progress
+from trainer.optimisation import Losses, Trainable
+from trainer.placement import Deal, Turn, frozen
+from trainer.plan import offline_spec
+from trainer.recipe import DistillRecipe
+from trainer.sections import DiffInstructSection
+from trainer.sources import load_frozen, teacher_folder
+from trainer.stages.context import OneStep, StageContext, load_student, received, save_network
+from trainer.stages.encoders import encoder_of
+from trainer.stages.online import OnlineModel
+from trainer.stages.scores import DecoupledDmd, DiffInstruct, Draft, ScoreIdentity, ScoreObjective
+from trainer.stages.warmup import Matching
+from trainer.teacher import Pending, Teacher
+
+DEPTH = 4  # micro-batches asked for ahead of the one at work
 
 
 class DiffInstructStage(Stage):
-    """Each step: the student generates; the pool is asked for the offline score of the diffused result; meanwhile the online model
-    learns the student's distribution and gives its score; then the student moves along their difference plus feature matching."""
+    """Each step: the student generates; the pool is asked for the offline score of the diffused results; meanwhile the online model
+    learns the student's distribution; then the student moves along the difference of both scores plus feature matching."""
 
     def __init__(self, context: StageContext) -> None:
-        section = context.recipe.diff_instruct
-        assert section is not None
-        self.context, self.section, self.steps = context, section, section.steps
-        self.student = load_student(context.inputs["warmup"])
-        self.online = UNet2DConditionModel.from_pretrained(context.teacher_folder / "unet", torch_dtype=torch.float32)
-        self.online.to(memory_format=torch.channels_last)
-        self.text, self.diffusion = TextEncoder(context.teacher_folder), Diffusion.of(context.teacher_folder)
-        self.generate = OneStep(self.student, self.text, self.diffusion)
-        self.features = EncoderFeatures(context.teacher_folder, self.text)
-        online = Schedule(section.steps, section.online_lr)
-        self.trainables = {
-            "unet": Trainable(self.student, section.schedule(), betas=section.betas, clip=10.0, ema_decay=section.ema),
-            "online": Trainable(self.online, online, betas=section.betas, clip=10.0),
-        }
+        section = self.section_of(context)
+        torch.manual_seed(context.recipe.seed)  # of new layers: a LoRA, a classifier
+        self.context, self.section, self.steps, self.deal = context, section, section.steps, Deal.of(section)
+        self.student = self.load(context)
+        self.text, self.diffusion = context.text_encoder(), Diffusion.of(context.teacher_folder)
+        self.online = OnlineModel(section, context, self.text, offline_unet(context))
+        self.objective = self._objective()
+        self.matching = Matching(section, encoder_of(section, context, self.text)) if max(section.lambda_fm) > 0 else None
+        self.adaptive = AdaptiveProgress(*section.overlap) if section.schedule_shape == "adaptive" else None
+        self.trainables = {"unet": self._trainable(), "online": self.online.trainable}
+        self.generate = OneStep(self.trainables["unet"].module, self.text, self.diffusion, context.placement)
+        self._asked: dict[int, list[Pending]] = {}
 
-    def step(self, index: int) -> dict[str, Tensor | float]:
-        section, generator = self.section, self.context.generator(index)
-        noise_BCHW, target_BCHW, captions = self.context.pairs.draw(section.batch, generator)
-        x0_BCHW = self.generate(noise_BCHW, captions)
-        alpha = linear_schedule(*section.alpha, index, section.steps)
-        end = segment_end(alpha, self.diffusion.timesteps)
-        low = min(round(section.t_min * self.diffusion.timesteps), end - 1)
-        t_B = stratified_timesteps(len(captions), low, end, generator)
-        noisy_BCHW = self.diffusion.diffuse(x0_BCHW.detach(), torch.randn(x0_BCHW.shape, generator=generator), t_B)
-        pending = self.context.teacher.submit(Denoise(compact(noisy_BCHW), t_B.numpy(), captions, section.guidance))
-        online_loss = self._train_online(x0_BCHW.detach(), captions, index, generator)
-        online_x0 = self._online_x0(noisy_BCHW, t_B, captions)
-        offline_output = torch.from_numpy(pending.result()[0].astype("float32"))
-        offline_x0 = self.diffusion.x0(noisy_BCHW, offline_output, t_B)
-        gradient_BCHW = score_gradient(x0_BCHW.detach(), offline_x0, online_x0)
-        score_loss = diff_instruct(x0_BCHW, gradient_BCHW)
-        matching = self._matching(x0_BCHW, target_BCHW, captions)
-        lambda_fm = linear_schedule(*section.lambda_fm, index, section.steps)
-        loss = score_loss + lambda_fm * matching
-        self.trainables["unet"].update(loss, index)
-        return {
-            "loss": loss, "score_gradient": gradient_BCHW.square().mean().sqrt(), "feature_matching": matching,
-            "online": online_loss, "alpha": alpha, "lambda_fm": lambda_fm,
-        }  # fmt: skip
+    @staticmethod
+    def section_of(context: StageContext) -> DiffInstructSection:
+        assert isinstance(context.recipe, DistillRecipe)
+        assert context.recipe.diff_instruct is not None
+        return context.recipe.diff_instruct
 
-    def _train_online(self, x0_BCHW: Tensor, captions: list[str], index: int, generator: torch.Generator) -> Tensor:
-        """`online_ratio` denoising updates on student samples, over all t."""
+    @staticmethod
+    def load(context: StageContext) -> UNet2DConditionModel:
+        """The student as the stage before left it."""
+        return load_student(context.inputs.get("warmup") or context.inputs["unet"])
+
+    def _trainable(self) -> Trainable:
+        network: nn.Module = self.context.placement.place(self.student)
+        section = self.section
+        return Trainable(
+            network, section.schedule(), betas=section.betas, clip=10.0, ema_decay=section.ema, placement=self.context.placement
+        )
+
+    def _objective(self) -> ScoreObjective:
+        section = self.section
+        if section.decoupled is not None:
+            return DecoupledDmd(section, self.diffusion, self.online.predict, section.decoupled)
+        if section.sid is not None:
+            offline = Teacher.load(offline_spec(self.context.recipe), self.context.placement.device)
+            return ScoreIdentity(section, self.diffusion, self.online.predict, section.sid, offline)
+        return DiffInstruct(section, self.diffusion, self.online.predict)
+
+    def step(self, index: int) -> Losses:
+        moved = self._progress(index)
+        alpha, lambda_fm = (interpolate(*bounds, moved) for bounds in (self.section.alpha, self.section.lambda_fm))
+        turns = self.deal.turns(index)
+        drafts = self._drafts(turns, segment_end(alpha, self.diffusion.timesteps))
+        online = self._train_online(index, turns, drafts)
+        metrics = self.trainables["unet"].learn(turns, lambda turn: self._losses(turn, turns, drafts, lambda_fm))
+        if self.adaptive is not None:
+            self.adaptive.note(average_over_workers({"gap": float(metrics["gap"])})["gap"])
+        extra = {"classifier": online["classifier"]} if "classifier" in online else {}
+        return {**metrics, "online": online["loss"], **extra, "alpha": alpha, "lambda_fm": lambda_fm}
+
+    def _progress(self, index: int) -> float:
+        """How far alpha and lambda_FM have moved from their first values to their last, 0 to 1."""
+        if self.adaptive is not None:
+            return self.adaptive.value
+        return progress(self.section.schedule_shape, index, self.steps)
+
+    def _drafts(self, turns: list[Turn], end: int) -> dict[int, Draft]:
+        """This step's student samples. A single one keeps its graph; of several it would not fit, so they are generated again later."""
+        drafts = {}
+        for turn in turns:
+            batch = self.context.draw(turn, self.deal.size)
+            start_BCHW = self.generate.start(batch, self.section.student_input)
+            with torch.set_grad_enabled(len(turns) == 1):
+                x0_BCHW = self.generate(start_BCHW, batch.captions)
+            drafts[turn.sequence] = self.objective.renoise(batch, x0_BCHW, end)
+            if len(self._asked) < DEPTH:
+                self._ask(turn, drafts)
+        return drafts
+
+    def _ask(self, turn: Turn, drafts: dict[int, Draft]) -> None:
+        requests = self.objective.ask(drafts[turn.sequence])
+        self._asked[turn.sequence] = [self.context.teacher.submit(request) for request in requests]
+
+    def _train_online(self, index: int, turns: list[Turn], drafts: dict[int, Draft]) -> Losses:
+        """`online_ratio` updates on student samples, over all t; the first on this step's, the others on fresh ones."""
+        found: Losses = {}
         for repeat in range(self.section.online_ratio):
-            t_B = stratified_timesteps(len(captions), 0, self.diffusion.timesteps, generator)
-            noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
-            noisy_BCHW = self.diffusion.diffuse(x0_BCHW, noise_BCHW, t_B).contiguous(memory_format=torch.channels_last)
-            output_BCHW = self.online(noisy_BCHW, t_B, self.text.encode(captions)).sample
-            loss = denoising_loss(output_BCHW, self.diffusion.target(x0_BCHW, noise_BCHW, t_B))
-            self.trainables["online"].update(loss, index)
-            if repeat + 1 < self.section.online_ratio:
+
+            def losses(turn: Turn, fresh: bool = repeat > 0) -> Losses:
+                draft = drafts[turn.sequence]
+                if not fresh:
+                    return self.online.losses(draft.batch, draft.x0_BCHW.detach())
+                noise, target, captions = self.context.pairs.draw(self.deal.size, draft.batch.generator)
+                device = self.context.placement.device
+                batch = type(draft.batch)(noise.to(device), target.to(device), captions, draft.batch.generator)
                 with torch.no_grad():
-                    noise, _, captions = self.context.pairs.draw(self.section.batch, generator)
-                    x0_BCHW = self.generate(noise, captions)
+                    x0_BCHW = self.generate(self.generate.start(batch, self.section.student_input), captions)
+                return self.online.losses(batch, x0_BCHW)
+
+            found = self.online.trainable.learn(turns, losses)
+        return found
+
+    def _losses(self, turn: Turn, turns: list[Turn], drafts: dict[int, Draft], lambda_fm: float) -> Losses:
+        draft = drafts[turn.sequence]
+        ahead = turn.sequence + DEPTH
+        if ahead in drafts:
+            self._ask(next(other for other in turns if other.sequence == ahead), drafts)
+        x0_BCHW = draft.x0_BCHW
+        if not x0_BCHW.requires_grad:
+            x0_BCHW = self.generate(self.generate.start(draft.batch, self.section.student_input), draft.batch.captions)
+        matched = self._matched(draft, x0_BCHW)  # before the replies are waited for
+        replies = [received(pending)[0].to(x0_BCHW.device) for pending in self._asked.pop(turn.sequence)]
+        with frozen(self.online.network):
+            losses = self.objective.losses(draft, x0_BCHW, replies)
+        losses |= self._realism(draft, x0_BCHW)
+        total = losses["loss"]
+        if "realism" in losses and self.section.latent_gan is not None:
+            total = total + self.section.latent_gan.weight * losses["realism"]
+        if matched is not None:
+            losses["feature_matching"] = matched
+            total = total + lambda_fm * matched
+        return {**losses, "loss": total}
+
+    def _matched(self, draft: Draft, x0_BCHW: Tensor) -> Tensor | None:
+        """Eq. 10 with its L2, if lambda_FM is ever above 0."""
+        if self.matching is None:
+            return None
+        loss = self.matching(x0_BCHW, draft.batch.target_BCHW, draft.batch.captions)["loss"]
+        assert isinstance(loss, Tensor)
         return loss
 
-    @torch.no_grad()
-    def _online_x0(self, noisy_BCHW: Tensor, t_B: Tensor, captions: list[str]) -> Tensor:
-        output_BCHW = self.online(noisy_BCHW, t_B, self.text.encode(captions)).sample
-        return self.diffusion.x0(noisy_BCHW, output_BCHW, t_B)
+    def _realism(self, draft: Draft, x0_BCHW: Tensor) -> Losses:
+        if self.section.latent_gan is None:
+            return {}
+        alpha, sigma = self.diffusion.coefficients(draft.t_B, x0_BCHW.device)
+        noise_BCHW = (draft.noisy_BCHW - alpha * draft.x0_BCHW.detach()) / sigma
+        noisy_BCHW = self.diffusion.diffuse(x0_BCHW, noise_BCHW, draft.t_B)
+        return {"realism": self.online.realism(noisy_BCHW, draft.t_B, draft.batch.captions)}
 
-    def _matching(self, x0_BCHW: Tensor, target_BCHW: Tensor, captions: list[str]) -> Tensor:
-        with torch.no_grad():
-            target_features = self.features(target_BCHW, captions)
-        matching = feature_matching(self.features(x0_BCHW, captions), target_features, self.section.feature_weights)
-        return matching + self.section.latent_l2 * F.mse_loss(x0_BCHW, target_BCHW)
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state | ({"adaptive": self.adaptive.state_dict()} if self.adaptive is not None else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.adaptive is not None:
+            self.adaptive.load_state_dict(state["adaptive"])
 
     def export(self, folder: Path) -> None:
-        self.student.load_state_dict(self.trainables["unet"].averaged())
-        self.student.save_pretrained(folder / "unet")
+        save_network(UNet2DConditionModel, self.student.config, self.trainables["unet"].averaged(), folder / "unet")
+
+
+def offline_unet(context: StageContext) -> UNet2DConditionModel:
+    """The online model's first weights: the offline model's, without the style's LoRA, which is never in the online model."""
+    folder = teacher_folder(offline_spec(context.recipe).source)
+    network: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet")
+    return network.train().requires_grad_(True)

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.judge import JudgeNet, to_tensor
-from trainer.loop import Schedule, Stage, Trainable, channels_last, step_generator
+from trainer.loop import Stage, step_generator
+from trainer.optimisation import Trainable
+from trainer.placement import Placement
+from trainer.schedule import Schedule
 from trainer.worlds.base import World
 
 
@@ -34,7 +37,8 @@ class JudgeStage(Stage):
     def __init__(self, world: World, schedule: Schedule, batch: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.world, self.batch, self.seed, self.steps = world, batch, seed, schedule.steps
-        self.net = channels_last(JudgeNet(world.heads))
+        self.net = JudgeNet(world.heads)
+        Placement().place(self.net)
         self.trainables = {"judge": Trainable(self.net, schedule, weight_decay=1e-4, ema_decay=0.99, clip=5.0)}
 
     def _batch(self, index: int) -> tuple[Tensor, Tensor]:

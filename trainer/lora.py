@@ -1,0 +1,131 @@
+"""LoRA on diffusers networks through PEFT: style LoRAs read and merged, new ones attached, trained and saved as diffusers loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from torch import Tensor
+
+from sdxs.errors import InvalidRequest
+from trainer.placement import worker_rank
+from trainer.sections import LoraSection
+
+# The projections of attention and the time embedding's way into ResNets: what style LoRAs are trained on.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+EVERYWHERE = (*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj", "ff.net.0.proj", "ff.net.2")
+
+
+def attach(network: Any, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
+    """Freeze a U-Net and give it a new LoRA to learn: W + alpha / rank B A, B zero at first (arXiv:2106.09685)."""
+    from peft import LoraConfig
+
+    network.requires_grad_(False)
+    network.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha or rank,  # type: ignore[arg-type]  # any number does
+            target_modules=list(targets),
+            init_lora_weights="gaussian",
+        )
+    )
+
+
+def folded(weights: Mapping[str, Tensor], rank: int, alpha: float | None = None) -> dict[str, Tensor]:
+    """The weights of a network with its LoRA added in, W + alpha / rank B A, by the names it has without one.
+
+    Args:
+        weights: the state dict of a network that `attach` was called on.
+    """
+    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        layer, _, rest = name.partition(".lora_A.")
+        if rest:
+            up = weights[f"{layer}.lora_B.{rest}"]
+            change = up @ down if up.dim() == 2 else _convolved(up, down)
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + (alpha or rank) / rank * change
+    return plain
+
+
+def _convolved(up_OR11: Tensor, down_RIHW: Tensor) -> Tensor:
+    """The kernel of a convolution with `down` followed by a 1x1 one with `up`."""
+    return torch.einsum("or,rihw->oihw", up_OR11[:, :, 0, 0], down_RIHW)
+
+
+def save_adapter(weights: Mapping[str, Tensor], folder: Path, rank: int, alpha: float | None = None) -> None:
+    """Write the LoRA of a state dict as `pytorch_lora_weights.safetensors` in PEFT's form, which diffusers' `load_lora_weights` reads; on
+    the first worker only."""
+    if worker_rank():
+        return
+    layers = {name.replace(".default.", "."): value.contiguous() for name, value in weights.items() if ".lora_" in name}
+    targets = sorted({name.rpartition(".lora_")[0] for name in layers})
+    config = {"r": rank, "lora_alpha": alpha or rank, "target_modules": targets}
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+
+
+def read_lora(path: str) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a LoRA in PEFT, diffusers or kohya form, by diffusers' names, and their alphas.
+
+    Raises:
+        InvalidRequest: there is no such file, or it is not a LoRA of a diffusion model.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise InvalidRequest("lora.path", path, "a .safetensors file, or a folder with pytorch_lora_weights.safetensors")
+    try:
+        state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(path, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidRequest("lora.path", path, f"a LoRA that diffusers reads ({error})") from error
+    if not any("lora" in name for name in state):
+        raise InvalidRequest("lora.path", path, "a LoRA; it has no tensor of one")
+    return state, alphas
+
+
+def check_lora(path: str, unet_config: Any) -> None:
+    """Refuse a LoRA that does not fit a U-Net, by its shapes alone; no weights of the U-Net are needed.
+
+    Raises:
+        InvalidRequest: a layer is not in the U-Net or has another width; names it.
+    """
+    state, _ = read_lora(path)
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(dict(unet_config))
+    modules = dict(unet.named_modules())
+    for layer, width in _inputs_of(state):
+        module = modules.get(layer)
+        own = None if module is None else getattr(module, "in_features", getattr(module, "in_channels", None))
+        if width != own:
+            found = "has no such layer" if module is None else f"has {own} inputs there"
+            raise InvalidRequest("lora.path", path, f"a LoRA made for this U-Net: {layer} takes {width}, the U-Net {found}")
+
+
+def _inputs_of(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+    """Each layer of the U-Net that a LoRA changes, with the number of inputs it was made for."""
+    for name, value in state.items():
+        for mark in (".lora_A.", ".lora.down.", ".lora_linear_layer.down."):
+            layer, found, _ = name.partition(mark)
+            if found and not name.startswith("text_encoder"):
+                yield layer.removeprefix("unet."), value.shape[1]
+
+
+def merge_lora(unet: Any, text_encoders: Sequence[Any], lora: LoraSection) -> None:
+    """Fold a style LoRA into a U-Net and, where it has a part for them, into its text encoders, for good.
+
+    Raises:
+        InvalidRequest: as `read_lora` and `check_lora`.
+    """
+    check_lora(lora.path, unet.config)
+    state, alphas = read_lora(lora.path)
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, unet, adapter_name="style")
+    unet.fuse_lora(lora_scale=lora.scale, adapter_names=["style"])
+    unet.unload_lora()
+    for number, network in enumerate(text_encoders):
+        prefix = "text_encoder" if number == 0 else f"text_encoder_{number + 1}"
+        if any(name.startswith(f"{prefix}.") for name in state):
+            StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+                state, alphas, network, prefix=prefix, lora_scale=lora.scale
+            )

@@ -1,0 +1,115 @@
+"""What a recipe has to do, in order: each step's inputs, who answers its requests, and the digest its result is found by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trainer.recipe import DistillRecipe, StyleRecipe, digest
+from trainer.sections import LoraSection, PairsSection, Section
+from trainer.sources import teacher_digest, teacher_folder
+from trainer.specs import TeacherSpec
+
+REVISION = 2  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
+DRAWN = ("samples", "pairs", "compositions")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact, drawn from the teacher (a `PairsSection`) or trained.
+
+    `reads` names earlier steps. `teacher` is None where nobody is asked."""
+
+    name: str
+    section: Section
+    reads: tuple[str, ...]
+    teacher: TeacherSpec | None
+    digest: str = ""
+
+    @property
+    def drawn(self) -> bool:
+        return isinstance(self.section, PairsSection)
+
+
+def steps(recipe: DistillRecipe | StyleRecipe) -> list[Step]:
+    """All steps of a recipe in topological order, without digests."""
+    return _style_steps(recipe) if isinstance(recipe, StyleRecipe) else _distill_steps(recipe)
+
+
+def offline_spec(recipe: DistillRecipe | StyleRecipe) -> TeacherSpec:
+    """Who gives the offline score: the teacher, or what the recipe names instead; with the style's LoRA, which goes nowhere else."""
+    precision = recipe.compute.teacher_precision
+    if isinstance(recipe, StyleRecipe):
+        return TeacherSpec(recipe.teacher, precision, recipe.style)
+    offline = recipe.offline
+    return TeacherSpec((offline and offline.teacher) or recipe.teacher, precision, offline.lora if offline else None)
+
+
+def _distill_steps(recipe: DistillRecipe) -> list[Step]:
+    teacher = TeacherSpec(recipe.teacher, recipe.compute.teacher_precision)
+    found: list[Step] = []
+    straightened: tuple[str, ...] = ()
+    if recipe.straighten is not None:
+        found = [
+            Step("samples", recipe.straighten.samples, (), teacher),
+            Step("straighten", recipe.straighten, ("samples",), teacher),
+        ]
+        straightened = ("straighten",)
+    drawn = {"pairs": recipe.pairs} | ({"compositions": recipe.compositions} if recipe.compositions else {})
+    for name, section in drawn.items():
+        found.append(Step(name, section, straightened, replace(teacher, source=section.teacher or recipe.teacher)))
+    samples, chain = tuple(drawn), "unet"
+    found += [Step("decoder", recipe.decoder, samples, teacher), Step("unet", recipe.unet, samples, teacher)]
+    for name in ("warmup", "diff_instruct", "finish"):
+        section = getattr(recipe, name)
+        if section is None:
+            continue
+        pixels = ("decoder",) if section.encoder != "unet" else ()
+        found.append(Step(name, section, (*samples, chain, *pixels), offline_spec(recipe) if name == "diff_instruct" else None))
+        chain = name
+    return found
+
+
+def _style_steps(recipe: StyleRecipe) -> list[Step]:
+    teacher = TeacherSpec(recipe.teacher, recipe.compute.teacher_precision)
+    drawn = [Step("pairs", recipe.pairs, (), teacher)] if recipe.pairs else []
+    return [*drawn, Step("style", recipe.lora, tuple(step.name for step in drawn), offline_spec(recipe))]
+
+
+def dated(plan: list[Step], common: dict[str, Any], spread: Callable[[Section], Any]) -> list[Step]:
+    """The steps with their digests: of what all have in common, their section, who answers them, and the results they read.
+
+    Args:
+        spread: what of the cluster changes a stage's result (its workers, where the recipe does not fix the micro-batch).
+    """
+    found: dict[str, Step] = {}
+    for step in plan:
+        reads = {name: found[name].digest for name in step.reads}
+        parts = [common, step.name, digest(step.section), step.teacher and spec_digest(step.teacher), reads]
+        teacher = step.teacher
+        if teacher is not None and step.drawn and "straighten" in reads:
+            teacher = replace(teacher, straightened=reads["straighten"])
+        found[step.name] = replace(step, teacher=teacher, digest=digest([*parts, None if step.drawn else spread(step.section)]))
+    return list(found.values())
+
+
+@cache
+def source_digest(source: str) -> str:
+    """Digest of the networks a source names."""
+    return teacher_digest(teacher_folder(source))
+
+
+def spec_digest(spec: TeacherSpec) -> str:
+    """Digest of who answers: the networks' contents, not where they lie."""
+    return digest([source_digest(spec.source), spec.precision, spec.lora and lora_digest(spec.lora)])
+
+
+def lora_digest(lora: LoraSection) -> list[Any]:
+    """Contents and scale of a LoRA."""
+    path = Path(lora.path)
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    return [lora.scale, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]]

@@ -1,0 +1,125 @@
+"""Where networks come from: an embedded teacher, a diffusers folder, an S3 prefix or a hub id becomes a local folder, once a machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import diffusers.utils.logging
+import transformers.utils.logging
+
+from sdxs.errors import InvalidRequest, NotFound, Unavailable
+from sdxs.settings import Settings
+from sdxs.store import open_url
+from trainer.recipe import digest
+
+ASSETS = Path(__file__).parent / "assets"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+UNWANTED = ["*.bin", "*.ckpt", "*.msgpack"]  # weights that exist as safetensors too, or run code when loaded
+WANTED = [f"{part}*/*" for part in PARTS] + ["model_index.json"]
+
+
+def hush() -> None:
+    """No bars for loading weights that take milliseconds, no advice on configurations that diffusers wrote itself."""
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def teacher_folder(source: str) -> Path:
+    """The local folder of a teacher.
+
+    Args:
+        source: `<world>-teacher` for an embedded one, a diffusers text-to-image folder, `s3://bucket/prefix` of one, or a hub id
+            (`owner/name`, `owner/name@revision`). The last two are downloaded once.
+
+    Raises:
+        NotFound: there is no such folder.
+        InvalidRequest: the folder lacks a part of a text-to-image model; names it.
+    """
+    folder = _locate(source)
+    for part in PARTS:
+        if not any(
+            (folder / part / name).is_file() for name in ("config.json", "scheduler_config.json", "tokenizer_config.json")
+        ):
+            raise InvalidRequest("teacher", source, f"a diffusers text-to-image folder; {folder} has no {part}/")
+    return folder.resolve()
+
+
+def _locate(source: str) -> Path:
+    embedded = ASSETS / source.removesuffix("-teacher") / "teacher"
+    if source.endswith("-teacher") and embedded.is_dir():
+        return embedded
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith("s3://"):
+        return _from_s3(source)
+    owner, _, name = source.partition("/")
+    if owner and name and "/" not in name and owner not in (".", ".."):
+        return _from_hub(source)
+    raise NotFound(f"teacher {source!r}: neither a folder, an s3:// address, a hub id (owner/name), nor an embedded teacher")
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = source.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=WANTED, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise NotFound(f"teacher {source!r}: no such folder, not downloaded yet, and the hub cannot be reached") from error
+    except HfHubHTTPError as error:
+        raise Unavailable(f"teacher {source!r}: the hub said {error}") from error
+
+
+def _from_s3(source: str) -> Path:
+    settings = Settings()
+    store = open_url(source, settings)
+    address = urlparse(source)
+    target = settings.cache_dir / "teachers" / address.netloc / address.path.strip("/")
+    keys = [key for key in store.list("") if key.partition("/")[0].removesuffix("_2") in PARTS]
+    if not keys:
+        raise NotFound(f"teacher {source!r}: nothing there under {', '.join(PARTS)}")
+    for key in keys:
+        if not (target / key).exists():
+            (target / key).parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(key, target / key)
+    return target
+
+
+def teacher_digest(folder: Path) -> str:
+    """Digest of a teacher's networks, tokenizer and scheduler; its card and logs, which lie beside their folders, do not count."""
+    parts = []
+    for path in sorted(p for p in folder.glob("*/**/*") if p.is_file() and ".cache" not in p.parts):
+        with path.open("rb") as file:
+            parts.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(parts)
+
+
+def latent_shape(folder: Path) -> tuple[int, int, int]:
+    """(C, H, W) of a teacher's latents."""
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf8"))
+    return config["in_channels"], config["sample_size"], config["sample_size"]
+
+
+def load_frozen(kind: Any, folder: Path, dtype: Any = None) -> Any:
+    """A network of a diffusers or transformers folder, in float32 unless told otherwise, in eval mode, without gradients.
+
+    Weights stored in float16 or bfloat16 are widened; a folder that has only an `fp16` variant is read from it.
+    """
+    import torch
+
+    variant = "fp16" if not _plain_weights(folder) and any(folder.glob("*.fp16*.safetensors")) else None
+    network = kind.from_pretrained(folder, torch_dtype=dtype or torch.float32, variant=variant)
+    return network.eval().requires_grad_(False)
+
+
+def _plain_weights(folder: Path) -> bool:
+    return any(".fp16" not in path.name for path in folder.glob("*.safetensors")) or any(folder.glob("*.bin"))

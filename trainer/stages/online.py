@@ -1,0 +1,91 @@
+"""The online model of Diff-Instruct: learns the student's distribution, and may classify real from generated on the side (DMD2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from trainer import lora
+from trainer.diffusion import Diffusion, stratified_timesteps
+from trainer.discriminators import MidClassifier
+from trainer.objectives.diff_instruct import denoising_loss
+from trainer.objectives.gan import classifier_loss, generator_loss
+from trainer.optimisation import Losses, Trainable
+from trainer.placement import frozen
+from trainer.schedule import Schedule
+from trainer.sections import DiffInstructSection
+from trainer.stages.context import Batch, Predictor, StageContext
+from trainer.students import FeatureTap
+from trainer.text import TextEncoder
+
+
+class Classifying(nn.Module):
+    """A U-Net with a classifier on its deepest features: one forward call for both, which data-parallel training needs."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet, self.classifier = unet, MidClassifier(unet.config["block_out_channels"][-1])
+        self._tap = FeatureTap(unet, ["mid_block" if unet.mid_block is not None else "down_blocks.-1"])
+
+    def forward(self, noisy_BCHW: Tensor, t_B: Tensor, **conditioning: Any) -> tuple[Tensor, Tensor]:
+        output_BCHW: Tensor = self.unet(noisy_BCHW, t_B, **conditioning).sample
+        logits_B: Tensor = self.classifier(self._tap.take()[0])
+        return output_BCHW, logits_B
+
+
+class OnlineModel:
+    """Starts as the offline model. All its weights learn, or a LoRA on them."""
+
+    def __init__(
+        self, section: DiffInstructSection, context: StageContext, text: TextEncoder, unet: UNet2DConditionModel
+    ) -> None:
+        self.section, self.context, self.text, self.unet = section, context, text, unet
+        self.diffusion = Diffusion.of(context.teacher_folder)
+        placement = context.placement
+        if section.online_lora_rank is not None:
+            lora.attach(unet, section.online_lora_rank)
+        self.network: nn.Module = Classifying(unet) if section.latent_gan else unet
+        placement.place(unet)
+        self.trainable = Trainable(
+            self.network.to(placement.device), Schedule(section.steps * section.online_ratio, section.online_lr), betas=section.betas,
+            clip=10.0, placement=placement, moments=section.online_optimizer,
+        )  # fmt: skip
+        self.predict = Predictor(unet, text, placement)  # outside training: no averaging over workers
+
+    def losses(self, batch: Batch, x0_BCHW: Tensor) -> Losses:
+        """The denoising loss on student samples over all t (Alg. 1), and DMD2's classification of them against the teacher's."""
+        noisy_BCHW, t_B, target_BCHW = self._diffused(batch, x0_BCHW)
+        if self.section.latent_gan is None:
+            return {"loss": denoising_loss(self._train(noisy_BCHW, t_B, batch.captions), target_BCHW)}
+        real_BCHW, _, _ = self._diffused(batch, batch.target_BCHW, t_B)
+        output_BCHW, logits_2B = self._both(torch.cat([noisy_BCHW, real_BCHW]), torch.cat([t_B, t_B]), batch.captions * 2)
+        fake_B, real_B = logits_2B.chunk(2)
+        told = classifier_loss(real_B, fake_B)
+        denoising = denoising_loss(output_BCHW.chunk(2)[0], target_BCHW)
+        return {"loss": denoising + self.section.latent_gan.classifier_weight * told, "classifier": told}
+
+    def realism(self, noisy_BCHW: Tensor, t_B: Tensor, captions: list[str]) -> Tensor:
+        """The generator's side of the classification, differentiable to x_t; the online model stays as it is."""
+        assert isinstance(self.network, Classifying)
+        with frozen(self.network), self.context.placement.autocast():
+            _, logits_B = self.network(noisy_BCHW, t_B, **self.text.encode(captions).arguments())
+        return generator_loss(logits_B.float())
+
+    def _diffused(self, batch: Batch, x0_BCHW: Tensor, t_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, t and what the network should say of them."""
+        device = x0_BCHW.device
+        if t_B is None:
+            t_B = stratified_timesteps(len(x0_BCHW), 0, self.diffusion.timesteps, batch.generator).to(device)
+        noise_BCHW = torch.randn(x0_BCHW.shape, generator=batch.generator).to(device)
+        return self.diffusion.diffuse(x0_BCHW, noise_BCHW, t_B), t_B, self.diffusion.target(x0_BCHW, noise_BCHW, t_B)
+
+    def _train(self, noisy_BCHW: Tensor, t_B: Tensor, captions: list[str]) -> Tensor:
+        return Predictor(self.trainable.module, self.text, self.context.placement)(noisy_BCHW, t_B, captions)
+
+    def _both(self, noisy_BCHW: Tensor, t_B: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+        with self.context.placement.autocast():
+            output_BCHW, logits_B = self.trainable.module(noisy_BCHW, t_B, **self.text.encode(captions).arguments())
+        return output_BCHW.float(), logits_B.float()

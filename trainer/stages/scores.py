@@ -1,0 +1,153 @@
+"""How offline and online scores move the student: the objectives that take each other's place in segmented Diff-Instruct.
+
+Each says what the teacher has to be asked for a draft, ahead of time, and what follows from the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.diffusion import Diffusion, stratified_timesteps
+from trainer.objectives.decoupled import decoupled_gradient
+from trainer.objectives.diff_instruct import diff_instruct, score_gradient
+from trainer.objectives.schedules import overlap_gap
+from trainer.objectives.sid import sid_loss
+from trainer.optimisation import Losses
+from trainer.sections import DecoupledSection, DiffInstructSection, SidSection
+from trainer.stages.context import Batch, Predictor
+from trainer.teacher import Denoise, Request, Teacher, compact
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A student sample on its way: drawn batch, x0 (with its graph if it is still wanted), and its re-noised forms with their times."""
+
+    batch: Batch
+    x0_BCHW: Tensor
+    noisy_BCHW: Tensor
+    t_B: Tensor
+    augmented_BCHW: Tensor | None = None  # a second re-noise draw
+    augmented_t_B: Tensor | None = None
+
+
+class ScoreObjective(Protocol):
+    """One way to turn two scores into a loss of the student's x0."""
+
+    def renoise(self, batch: Batch, x0_BCHW: Tensor, end: int) -> Draft:
+        """Draw times below `end` and noise for a student sample."""
+        ...
+
+    def ask(self, draft: Draft) -> list[Request]:
+        """What the teacher has to answer."""
+        ...
+
+    def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
+        """ "loss", and metrics: "score_gradient" (root mean square) and "gap" (of online and offline x0, relative)."""
+        ...
+
+
+class DiffInstruct:
+    """Eqs. 11-12: w (x_on - x_off), both at the same x_t; the offline model with guidance."""
+
+    def __init__(self, section: DiffInstructSection, diffusion: Diffusion, online: Predictor) -> None:
+        self.section, self.diffusion, self.online = section, diffusion, online
+
+    def renoise(self, batch: Batch, x0_BCHW: Tensor, end: int) -> Draft:
+        low = min(round(self.section.t_min * self.diffusion.timesteps), end - 1)
+        return Draft(batch, x0_BCHW, *self._diffused(batch, x0_BCHW, low, end))
+
+    def _diffused(self, batch: Batch, x0_BCHW: Tensor, low: int, end: int) -> tuple[Tensor, Tensor]:
+        device = x0_BCHW.device
+        t_B = stratified_timesteps(len(x0_BCHW), low, end, batch.generator).to(device)
+        noise_BCHW = torch.randn(x0_BCHW.shape, generator=batch.generator).to(device)
+        return self.diffusion.diffuse(x0_BCHW.detach(), noise_BCHW, t_B), t_B
+
+    def ask(self, draft: Draft) -> list[Request]:
+        return [Denoise(compact(draft.noisy_BCHW), draft.t_B.cpu().numpy(), draft.batch.captions, self.section.guidance)]
+
+    def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
+        offline_BCHW = self.diffusion.x0(draft.noisy_BCHW, replies[0], draft.t_B)
+        online_BCHW = self.online_x0(draft)
+        gradient_BCHW = score_gradient(x0_BCHW.detach(), offline_BCHW, online_BCHW)
+        return self._moved(x0_BCHW, gradient_BCHW, overlap_gap(x0_BCHW.detach(), offline_BCHW, online_BCHW))
+
+    @torch.no_grad()
+    def online_x0(self, draft: Draft) -> Tensor:
+        """The online model's estimate at the first draw."""
+        output_BCHW = self.online(draft.noisy_BCHW, draft.t_B, draft.batch.captions)
+        return self.diffusion.x0(draft.noisy_BCHW, output_BCHW, draft.t_B)
+
+    @staticmethod
+    def _moved(x0_BCHW: Tensor, gradient_BCHW: Tensor, gap: Tensor) -> Losses:
+        return {
+            "loss": diff_instruct(x0_BCHW, gradient_BCHW),
+            "score_gradient": gradient_BCHW.square().mean().sqrt(),
+            "gap": gap,
+        }
+
+
+class DecoupledDmd(DiffInstruct):
+    """Decoupled DMD: matching at one re-noise draw, guidance at another (arXiv:2511.22677)."""
+
+    def __init__(self, section: DiffInstructSection, diffusion: Diffusion, online: Predictor, bounds: DecoupledSection) -> None:
+        super().__init__(section, diffusion, online)
+        self.bounds = bounds
+
+    def renoise(self, batch: Batch, x0_BCHW: Tensor, end: int) -> Draft:
+        first = super().renoise(batch, x0_BCHW, end)
+        low, high = (round(bound * self.diffusion.timesteps) for bound in (self.bounds.t_low, self.bounds.t_high))
+        second = self._diffused(batch, x0_BCHW, low, high)
+        return Draft(batch, x0_BCHW, first.noisy_BCHW, first.t_B, *second)
+
+    def ask(self, draft: Draft) -> list[Request]:
+        assert draft.augmented_BCHW is not None
+        assert draft.augmented_t_B is not None
+        captions, nothing = draft.batch.captions, [""] * len(draft.batch.captions)
+        matched = Denoise(compact(draft.noisy_BCHW), draft.t_B.cpu().numpy(), captions)
+        augmented, t_B = compact(draft.augmented_BCHW), draft.augmented_t_B.cpu().numpy()
+        return [matched, Denoise(augmented, t_B, captions), Denoise(augmented, t_B, nothing)]
+
+    def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
+        assert draft.augmented_BCHW is not None
+        assert draft.augmented_t_B is not None
+        offline_BCHW = self.diffusion.x0(draft.noisy_BCHW, replies[0], draft.t_B)
+        cond, uncond = (self.diffusion.x0(draft.augmented_BCHW, reply, draft.augmented_t_B) for reply in replies[1:])
+        online_BCHW = self.online_x0(draft)
+        gradient_BCHW = decoupled_gradient(x0_BCHW.detach(), offline_BCHW, online_BCHW, (cond, uncond), self.section.guidance)
+        return self._moved(x0_BCHW, gradient_BCHW, overlap_gap(x0_BCHW.detach(), offline_BCHW, online_BCHW))
+
+
+class ScoreIdentity(DiffInstruct):
+    """SiD: the gradient passes through both networks, so the offline one is here and not in the pool (arXiv:2404.04057)."""
+
+    def __init__(
+        self, section: DiffInstructSection, diffusion: Diffusion, online: Predictor, sid: SidSection, offline: Teacher
+    ) -> None:
+        super().__init__(section, diffusion, online)
+        self.sid, self.offline = sid, offline
+
+    def ask(self, draft: Draft) -> list[Request]:
+        return []
+
+    def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
+        noise_BCHW = (draft.noisy_BCHW - self._alpha(draft) * draft.x0_BCHW.detach()) / self._sigma(draft)
+        noisy_BCHW = self.diffusion.diffuse(x0_BCHW, noise_BCHW, draft.t_B)  # the same x_t, now a function of the student
+        captions = draft.batch.captions
+        offline = self.diffusion.x0(
+            noisy_BCHW, self.offline.guided(captions, self.section.guidance)(noisy_BCHW, draft.t_B), draft.t_B
+        )
+        online = self.diffusion.x0(noisy_BCHW, self.online(noisy_BCHW, draft.t_B, captions), draft.t_B)
+        loss = sid_loss(x0_BCHW, offline, online, self.sid.alpha)
+        gap = overlap_gap(x0_BCHW.detach(), offline.detach(), online.detach())
+        return {"loss": loss, "score_gradient": (offline - online).detach().square().mean().sqrt(), "gap": gap}
+
+    def _alpha(self, draft: Draft) -> Tensor:
+        return self.diffusion.coefficients(draft.t_B, draft.t_B.device)[0]
+
+    def _sigma(self, draft: Draft) -> Tensor:
+        return self.diffusion.coefficients(draft.t_B, draft.t_B.device)[1]
