@@ -90,7 +90,9 @@ def sample(
         solver: "ddim"; "dpm" for DPM-Solver++ 2M, which needs about half the steps for the same error; "euler", what few-step
             models such as SD-Turbo were made for.
     """
-    scheduler = SOLVERS[solver].from_config(dict(scheduler_config), timestep_spacing="trailing")
+    # A configuration that says nothing of clipping would clip latents to [-1, 1], which only images are within.
+    options = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
+    scheduler = SOLVERS[solver].from_config(dict(scheduler_config), **options)
     scheduler.set_timesteps(steps, device=noise_BCHW.device)
     x_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
