@@ -4,7 +4,8 @@
     python -m benchmarks.ablation emoji
     python -m benchmarks.ablation --table         writes docs/ablation.md from the results
 
-All rows of a seed get the same CPU seconds of one thread, teacher included: `first` for the warm-up and `second` for what follows it.
+All rows get the same CPU seconds of one thread, teacher included: `first` for the warm-up and `second` for what follows it. What a step
+of each part costs is measured once a world, the parts in turns, and kept beside the results: all seeds take the same number of steps.
 Pairs, decoder and the distilled U-Net are the recipe's, shared by all. Each finished row is a line of
 benchmarks/results/ablation.jsonl; rows that are there are not trained again.
 """
@@ -18,9 +19,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ from trainer.teacher import InProcessTeacher, Teacher
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 TABLE = Path(__file__).parent.parent / "docs" / "ablation.md"
 IMAGES = {"train": 512, "heldout": 288}
-TRIAL = 6  # steps that tell how long one takes
+PACES = RESULTS.with_name("ablation_paces.json")
+ROUNDS, TRIAL = 5, 6  # rounds, and steps of each part a round, that tell how long one takes
 BUDGET = {"scenes": (200.0, 100.0), "emoji": (300.0, 150.0)}
 FINISH = {"batch": 32, "lr": 2e-4, "warmup": 2, "feature_weights": (1.0, 0.5, 0.5, 0.5), "latent_l2": 1.0, "ema": 0.9}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -87,22 +88,31 @@ class Ablation:
             return self.scores(self.distilled)
         if name == "warm-up":
             return self.warm(seed) | self.scores(self._kept("warm-up", seed))
-        if name == "longer warm-up":
-            return self._scored("warmup", seed, first + second, self.distilled, warmup=self.recipe.warmup)
-        if name == "DI only":
-            section = self._diff_instruct(alpha=(1.0, 1.0), lambda_fm=(0.0, 0.0))
-            return self._scored("diff_instruct", seed, first + second, self.distilled, diff_instruct=section)
-        self.warm(seed)
-        start = self._kept("warm-up", seed)
-        if name == "SDI + finish":
-            return self._finished(seed, start, second)
-        section = self._diff_instruct(**(OPTIONS[name.removeprefix("SDI, ")] if name != "SDI" else {}))
-        return self._scored("diff_instruct", seed, second, start, diff_instruct=section)
+        with tempfile.TemporaryDirectory() as scratch:
+            target = Path(scratch)
+            if name in ("longer warm-up", "DI only"):
+                found = self._train(name, seed, first + second, self.distilled, target)
+            else:
+                self.warm(seed)
+                start = self._kept("warm-up", seed)
+                found = (
+                    self._finished(seed, start, second, target)
+                    if name == "SDI + finish"
+                    else self._train(name, seed, second, start, target)
+                )
+            return found | self.scores(target)
 
-    def _diff_instruct(self, **levers: Any) -> Any:
+    def _part(self, name: str) -> tuple[str, dict[str, Any]]:
+        """The stage that a row adds, and its section of the recipe."""
+        if name in ("warm-up", "longer warm-up"):
+            return "warmup", {"warmup": self.recipe.warmup}
+        if name == "finish":
+            return "finish", {"finish": FinishSection(steps=1000, **FINISH)}
+        alone = {"alpha": (1.0, 1.0), "lambda_fm": (0.0, 0.0)}
+        levers = {"SDI": {}, "DI only": alone}.get(name) or OPTIONS.get(name.removeprefix("SDI, "), {})
         assert self.recipe.diff_instruct is not None
         data = self.recipe.diff_instruct.model_dump() | levers
-        return type(self.recipe.diff_instruct).model_validate(data)
+        return "diff_instruct", {"diff_instruct": type(self.recipe.diff_instruct).model_validate(data)}
 
     def _kept(self, name: str, seed: int) -> Path:
         return self.folder / self.world / f"{name}-{seed}"
@@ -111,45 +121,52 @@ class Ablation:
         """The seed's warm-up, trained once."""
         done = self._kept("warm-up", seed) / "done.json"
         if not done.exists():
-            found = self._train("warmup", seed, BUDGET[self.world][0], self.distilled, done.parent, warmup=self.recipe.warmup)
+            found = self._train("warm-up", seed, BUDGET[self.world][0], self.distilled, done.parent)
             done.write_text(json.dumps(found))
         found = json.loads(done.read_text())
         assert isinstance(found, dict)
         return found
 
-    def _finished(self, seed: int, start: Path, seconds: float) -> dict[str, Any]:
+    def _finished(self, seed: int, start: Path, seconds: float, target: Path) -> dict[str, Any]:
         """Two thirds of the time for SDI, one for the finish."""
         with tempfile.TemporaryDirectory() as scratch:
-            middle = Path(scratch)
-            before = self._train("diff_instruct", seed, seconds * 2 / 3, start, middle, diff_instruct=self._diff_instruct())
-            finish = FinishSection(steps=1000, **FINISH)
-            after = self._scored("finish", seed, seconds / 3, middle, finish=finish)
-        return after | {"steps": [before["steps"], after["steps"]], "seconds": before["seconds"] + after["seconds"]}
+            before = self._train("SDI", seed, seconds * 2 / 3, start, Path(scratch))
+            after = self._train("finish", seed, seconds / 3, Path(scratch), target)
+        return {"steps": [before["steps"], after["steps"]], "seconds": round(before["seconds"] + after["seconds"], 1)}
 
-    def _scored(self, stage: str, seed: int, seconds: float, start: Path, **sections: Any) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as scratch:
-            found = self._train(stage, seed, seconds, start, Path(scratch), **sections)
-            return found | self.scores(Path(scratch))
+    @cached_property
+    def paces(self) -> dict[str, float]:
+        """CPU seconds of one step of each part: the median of rounds taken in turns, so that a drifting machine slows all alike."""
+        kept = json.loads(PACES.read_text()) if PACES.exists() else {}
+        if self.world not in kept:
+            parts = ["warm-up", "DI only", "SDI", *(f"SDI, {name}" for name in OPTIONS), "finish"]
+            stages = {name: self._stage(name, 1, 1 + ROUNDS * TRIAL, self.distilled) for name in parts}
+            for stage in stages.values():
+                stage.step(0)  # not counted: first calls are slower
+            rounds = defaultdict(list)
+            for turn in range(ROUNDS):
+                for name, stage in stages.items():
+                    rounds[name].append(_seconds(stage, range(1 + turn * TRIAL, 1 + (turn + 1) * TRIAL)) / TRIAL)
+            kept[self.world] = {name: round(statistics.median(found), 4) for name, found in rounds.items()}
+            PACES.write_text(json.dumps(kept, indent=2) + "\n")
+        found = kept[self.world]
+        assert isinstance(found, dict)
+        return found | {"longer warm-up": found["warm-up"]}
 
-    def _train(self, stage: str, seed: int, seconds: float, start: Path, target: Path, **sections: Any) -> dict[str, Any]:
-        """As many steps of a stage as fit into the seconds, by what a few of them take."""
-        build = lambda steps: self._stage(stage, seed, steps, start, sections)  # noqa: E731
-        running = build(TRIAL)
-        running.step(0)  # not counted: first calls are slower
-        pace = _timed(lambda: [running.step(index) for index in range(1, TRIAL)]) / (TRIAL - 1)
-        running = build(max(TRIAL, round(seconds / pace)))
-        spent = _timed(lambda: [running.step(index) for index in range(running.steps)])
+    def _train(self, name: str, seed: int, seconds: float, start: Path, target: Path) -> dict[str, Any]:
+        """As many steps of a part as fit into the seconds."""
+        running = self._stage(name, seed, round(seconds / self.paces[name]), start)
+        spent = _seconds(running, range(running.steps))
         running.export(target)
         return {"steps": running.steps, "seconds": round(spent, 1)}
 
-    def _stage(self, stage: str, seed: int, steps: int, start: Path, sections: dict[str, Any]) -> Stage:
-        name, section = next(iter(sections.items()))
-        warmup = min(section.warmup, max(1, steps // 10) - 1)
-        update: dict[str, Any] = {"steps": steps, "warmup": warmup}
+    def _stage(self, name: str, seed: int, steps: int, start: Path) -> Stage:
+        stage, sections = self._part(name)
+        ((key, section),) = sections.items()
+        update: dict[str, Any] = {"steps": steps, "warmup": min(section.warmup, max(1, steps // 10) - 1)}
         if isinstance(section, WarmupSection):
             update["restarts"] = None
-        section = section.model_copy(update=update)
-        recipe = self.recipe.model_copy(update={"seed": seed, name: section})
+        recipe = self.recipe.model_copy(update={"seed": seed, key: section.model_copy(update=update)})
         upstream = {"warmup": "unet", "diff_instruct": "warmup", "finish": "diff_instruct"}[stage]
         return STAGES[stage](
             StageContext(recipe, self.teacher.folder, InProcessTeacher(self.teacher), self.pairs, {upstream: start})
@@ -160,16 +177,17 @@ class Ablation:
         generate: Generate = self.generators.one_step(folder)
         found: dict[str, Any] = {}
         for split, count in IMAGES.items():
-            captions = choose_captions(self.judge, split, count)
+            captions = choose_captions(self.judge.world, split, count)
             scores = self.judge.score(in_batches(generate, captions), captions)
             found |= {f"{split}_top1": round(scores.top1, 4), f"{split}_frechet": round(scores.frechet, 4)}
         return found
 
 
-def _timed(call: Callable[[], object]) -> float:
-    """CPU seconds of this process."""
+def _seconds(stage: Stage, steps: range) -> float:
+    """CPU seconds of this process for these steps."""
     start = time.process_time()
-    call()
+    for index in steps:
+        stage.step(index)
     return time.process_time() - start
 
 
