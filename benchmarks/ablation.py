@@ -30,13 +30,13 @@ import torch
 from sdxs.settings import Settings
 from trainer import recipe as recipes
 from trainer.artifacts import open_artifacts
+from trainer.cluster import Cluster
 from trainer.distill import Distillation
-from trainer.evaluate import Generate, Generators, choose_captions, in_batches
-from trainer.launch import Cluster
+from trainer.evaluation.generators import Generate, Generators, choose_captions, in_batches
+from trainer.evaluation.scoring import embedded_judge
 from trainer.loop import Stage
 from trainer.pairs import Pairs
 from trainer.recipe import DistillRecipe
-from trainer.scoring import embedded_judge
 from trainer.sections import FinishSection, WarmupSection
 from trainer.session import ray_session
 from trainer.sources import hush, teacher_folder

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.cluster_model import Cluster, Device, Load, Network, best, predict
+from trainer.pool.cluster_model import Cluster, Device, Load, Network, best, predict
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "teacher_pool.md"
 BEGIN, END = "<!-- benchmarks.cluster_model begins -->", "<!-- benchmarks.cluster_model ends -->"

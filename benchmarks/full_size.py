@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.families import FAMILIES, set_image_size, write_teacher
 from trainer.loop import Stage
+from trainer.models.families import FAMILIES, set_image_size, write_teacher
+from trainer.models.students import decoder_config
 from trainer.pairs import Pairs
 from trainer.placement import Placement
 from trainer.recipe import DistillRecipe
@@ -34,7 +35,6 @@ from trainer.stages.context import StageContext
 from trainer.stages.diff_instruct import DiffInstructStage
 from trainer.stages.unet import UNetStage
 from trainer.stages.warmup import WarmupStage
-from trainer.students import decoder_config
 from trainer.teacher import Array, Request, Teacher, TeacherSpec
 
 RESULTS = Path(__file__).parent / "results" / "full_size.jsonl"

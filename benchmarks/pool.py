@@ -25,9 +25,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.machine import machine, write
-from trainer.pool import Limits, TeacherPool
+from trainer.models.students import FeatureTap, feature_names, shrink
+from trainer.pool.client import Limits, TeacherPool
 from trainer.session import ray_session
-from trainer.students import FeatureTap, feature_names, shrink
 from trainer.teacher import Denoise, InProcessTeacher, Teacher
 
 SOURCE = Path(__file__).parents[1] / "trainer" / "assets" / "emoji" / "teacher"

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine, write
-from trainer.pool import Limits, PoolClient
-from trainer.pool_member import members
+from trainer.pool.client import Limits, PoolClient
+from trainer.pool.member import members
 from trainer.session import ray_session
 
 LATENT = (4, 64, 64)

@@ -103,9 +103,9 @@ def tiny_recipe(teacher: Path, steps: int = 4) -> dict[str, Any]:
 
 def tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     """A one-step student of a random SDXL: two text encoders, pooled embedding, sizes; 64x64 images, Euler, not sealed."""
-    from trainer.families import write_teacher
-    from trainer.folders import write_model_index, write_one_step_scheduler
-    from trainer.students import decoder_config, shrink
+    from trainer.models.families import write_teacher
+    from trainer.models.folders import write_model_index, write_one_step_scheduler
+    from trainer.models.students import decoder_config, shrink
 
     teacher = write_teacher("sdxl", folder, seed=seed)
     shrink(UNet2DConditionModel.from_pretrained(teacher / "unet")).save_pretrained(folder / "unet")

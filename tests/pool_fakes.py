@@ -24,7 +24,7 @@ class Ask:
 
 
 class Doubler:
-    """What `trainer.pool_member.members` is given as `load`."""
+    """What `trainer.pool.member.members` is given as `load`."""
 
     def __init__(self, device: str) -> None:
         self.device = device

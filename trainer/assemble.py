@@ -9,7 +9,7 @@ from sdxs import bundle, registry
 from sdxs.errors import AlreadyExists
 from sdxs.settings import Settings
 from trainer.artifacts import Artifacts
-from trainer.folders import conditioning_folders, slim, write_model_index, write_one_step_scheduler
+from trainer.models.folders import conditioning_folders, slim, write_model_index, write_one_step_scheduler
 from trainer.plan import Step
 from trainer.recipe import DistillRecipe, StyleRecipe, digest
 

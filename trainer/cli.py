@@ -49,7 +49,7 @@ def train_recipe(  # noqa: PLR0913  (a command's options)
     sdxs train sdxs-512 --workers 8 --gpus-per-worker 1 --gpus-per-teacher 1 --dry-run
     """
     from trainer import recipe as recipes
-    from trainer.launch import Cluster, parse_workers
+    from trainer.cluster import Cluster, parse_workers
     from trainer.runs import run_recipe
 
     chosen = recipes.load(recipe)
@@ -57,7 +57,7 @@ def train_recipe(  # noqa: PLR0913  (a command's options)
         workers=parse_workers(workers), gpus_per_worker=gpus_per_worker, teachers=teachers, gpus_per_teacher=gpus_per_teacher
     )
     if dry_run:
-        from trainer.dry_run import dry_run as rehearse
+        from trainer.preflight.dry_run import dry_run as rehearse
 
         rehearse(chosen, cluster, recipe, Console(width=max(120, Console().width)))  # of the tables
         return
@@ -85,7 +85,7 @@ def evaluate_models(  # noqa: PLR0913
     sdxs eval ./out/mine --inception weights.pth --clip openai/clip-vit-base-patch16
     sdxs eval ./out/mine --protocol coco-5k
     """
-    from trainer.evaluation import Request, evaluate_request
+    from trainer.evaluation.run import Request, evaluate_request
 
     request = Request(models or ["emoji"], images, inception, clip, protocol, output)
     console = Console(stderr=True)

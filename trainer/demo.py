@@ -22,14 +22,14 @@ from sdxs.settings import Settings
 from sdxs.store import open_store
 from trainer import recipe as recipes
 from trainer.artifacts import open_artifacts
+from trainer.cluster import Cluster
 from trainer.distill import Distillation, Result
-from trainer.judge import Judge
-from trainer.launch import Cluster
-from trainer.progress import Bars
+from trainer.evaluation.judge import Judge
+from trainer.evaluation.report import console_table, contact_sheet, write_report
+from trainer.evaluation.rows import Row
+from trainer.evaluation.scoring import Comparison, compare_recipe
 from trainer.recipe import DistillRecipe
-from trainer.report import console_table, contact_sheet, write_report
-from trainer.rows import Row
-from trainer.scoring import Comparison, compare_recipe
+from trainer.tracking.progress import Bars
 
 PROMPTS = [
     "red apple", "pizza", "smiling face with sunglasses", "red heart", "blue heart", "penguin", "tropical fish", "rose",

@@ -19,18 +19,19 @@ from sdxs import registry
 from sdxs.settings import Settings
 from trainer.artifacts import open_artifacts
 from trainer.assemble import assemble, check_replaceable
-from trainer.board import Board
+from trainer.cluster import Cluster, StageJob
 from trainer.data.source import Captions
-from trainer.launch import Cluster, StageJob, run_stage
+from trainer.launch import run_stage
 from trainer.pairs import PairsOrder, draw_shards, recombine
 from trainer.plan import REVISION, Step, dated, source_digest, steps
-from trainer.pool import Limits, Share, TeacherPool
+from trainer.pool.client import Limits, Share, TeacherPool
 from trainer.prompts import open_source
 from trainer.real_images import encode_images, listing_digest
 from trainer.recipe import DistillRecipe, StyleRecipe, digest
 from trainer.sections import Optimisation, PairsSection, Section, ShrinkSection
 from trainer.sources import latent_shape, teacher_folder
 from trainer.specs import TeacherSpec
+from trainer.tracking.board import Board
 
 # What a watcher is told: stage, steps done, steps in all, latest metrics.
 Watch = Callable[[str, int, int, dict[str, float]], None]

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from trainer.judge import to_tensor
+from trainer.models.judge import to_tensor
 from trainer.worlds.base import World
 
 

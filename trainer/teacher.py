@@ -1,4 +1,4 @@
-"""The frozen multi-step teacher: what it can be asked, in this process (`Teacher`) or through a pool of actors (`trainer.pool`)."""
+"""The frozen multi-step teacher: what it can be asked, in this process (`Teacher`) or through a pool of actors (`trainer.pool.client`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from trainer.artifacts import stage_folder
-from trainer.conditioning import Conditioning, concatenate
 from trainer.diffusion import Diffusion, sample
-from trainer.lora import merge_lora
+from trainer.models.conditioning import Conditioning, concatenate
+from trainer.models.lora import merge_lora
+from trainer.models.students import FeatureTap
+from trainer.models.text import TextEncoder
 from trainer.sources import load_frozen, teacher_folder
 from trainer.specs import TeacherSpec
-from trainer.students import FeatureTap
-from trainer.text import TextEncoder
 
 Array = np.ndarray
 

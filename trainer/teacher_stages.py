@@ -13,16 +13,16 @@ from torch import Tensor
 from sdxs.settings import Settings
 from sdxs.store.transfer import sha256_file
 from trainer.data.latent_cache import EncodedImages, cached_latents, cached_pixels
-from trainer.judge import to_tensor
 from trainer.latents import LatentViews, encode_views
 from trainer.loop import Stage
+from trainer.models.judge import to_tensor
+from trainer.models.tokenizer import train_tokenizer
 from trainer.recipe import TeacherRecipe
 from trainer.sections import ImagesSection
 from trainer.sources import load_frozen
 from trainer.stages.autoencoder import AutoencoderStage
 from trainer.stages.denoiser import DenoiserStage
 from trainer.stages.judge import JudgeStage
-from trainer.tokenizer import train_tokenizer
 from trainer.worlds.base import World, get_world
 
 

@@ -23,10 +23,9 @@ from sdxs.errors import SdxsError, Unavailable
 from sdxs.settings import Settings
 from trainer import loop
 from trainer.artifacts import Artifacts, open_artifacts
+from trainer.cluster import StageJob
 from trainer.data.latent_cache import EncodedImages
 from trainer.data.source import Captions
-from trainer.launch import StageJob
-from trainer.observer import Observer, Timed
 from trainer.pairs import Pairs
 from trainer.placement import Placement, world_size
 from trainer.plan import DRAWN
@@ -38,6 +37,7 @@ from trainer.specs import TeacherSpec
 from trainer.stages import STAGES
 from trainer.stages.context import StageContext
 from trainer.teacher import InProcessTeacher, NobodyToAsk, Teacher, TeacherClient
+from trainer.tracking.observer import Observer, Timed
 
 
 def work(job: StageJob) -> None:

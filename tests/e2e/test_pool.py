@@ -16,8 +16,8 @@ import ray
 from sdxs.errors import InvalidRequest, Unavailable
 from tests.models import tiny_teacher
 from tests.pool_fakes import Ask, Asker, Doubler
-from trainer.pool import Limits, PoolClient, Share, TeacherPool
-from trainer.pool_member import members
+from trainer.pool.client import Limits, PoolClient, Share, TeacherPool
+from trainer.pool.member import members
 from trainer.session import ray_session
 from trainer.specs import TeacherSpec
 from trainer.teacher import Array, Denoise, Pending, Sample, Teacher

@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from tests.pool_fakes import Ask, Doubler
-from trainer.pool import Limits, PoolClient
-from trainer.pool_member import members
+from trainer.pool.client import Limits, PoolClient
+from trainer.pool.member import members
 from trainer.session import ray_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

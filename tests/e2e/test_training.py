@@ -17,8 +17,8 @@ from sdxs.settings import Settings
 from sdxs.store import open_store
 from tests.models import tiny_recipe, tiny_teacher
 from trainer.artifacts import Artifacts
+from trainer.cluster import Cluster
 from trainer.distill import Distillation, Result
-from trainer.launch import Cluster
 from trainer.recipe import DistillRecipe
 from trainer.session import ray_session
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sdxs.errors import Overloaded
-from trainer.batching import Batcher
-from trainer.joining import Array, images
+from trainer.pool.batching import Batcher
+from trainer.pool.joining import Array, images
 from trainer.teacher import Decode, Sample
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sdxs.errors import InvalidRequest
-from trainer.cluster_model import Cluster, Device, Load, Network, all_reduce, best, micro_batch, predict
+from trainer.pool.cluster_model import Cluster, Device, Load, Network, all_reduce, best, micro_batch, predict
 
 IDEAL = Network(objects=math.inf, gradients=math.inf, round_trip=0.0)
 EVEN = Device(flops=1e12, memory=math.inf, utilisation=0.5, half_batch=0.0, reserved=0.0)

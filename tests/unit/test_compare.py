@@ -18,10 +18,10 @@ from sdxs.bundle import read, seal
 from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 from tests.models import tiny_folder, tiny_recipe, tiny_teacher
-from trainer.compare import address, compare_bundles, flat, write_page
-from trainer.evaluate import SEED, served
-from trainer.evaluation import Request, evaluate_request
-from trainer.metrics.networks import Networks
+from trainer.evaluation.compare import address, compare_bundles, flat, write_page
+from trainer.evaluation.generators import SEED, served
+from trainer.evaluation.metrics.networks import Networks
+from trainer.evaluation.run import Request, evaluate_request
 
 
 def sealed(folder: Path, teacher: Path, seed: int, **changes: object) -> Path:

@@ -14,21 +14,21 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.cost import StageCost, costs
-from trainer.cost_table import PEAK, UTILISATION, count, device_hours, pool_rate, size
-from trainer.families import write_teacher
-from trainer.launch import Cluster
-from trainer.networks import Networks, unet_call
+from trainer.cluster import Cluster
+from trainer.models.families import write_teacher
+from trainer.models.students import student_config
+from trainer.models.text import TextEncoder
 from trainer.pairs import Pairs, PairsOrder, draw_pairs
 from trainer.placement import Placement
+from trainer.preflight.cost import StageCost, costs
+from trainer.preflight.cost_table import PEAK, UTILISATION, count, device_hours, pool_rate, size
+from trainer.preflight.networks import Networks, unet_call
+from trainer.preflight.shapes import TeacherShapes, read_shapes, teacher_shapes, weightless
+from trainer.preflight.trace import CPU_ATTENTION, trace
 from trainer.recipe import DistillRecipe
-from trainer.shapes import TeacherShapes, read_shapes, teacher_shapes, weightless
 from trainer.stages import STAGES
 from trainer.stages.context import StageContext
-from trainer.students import student_config
 from trainer.teacher import InProcessTeacher, Pending, Request, Teacher
-from trainer.text import TextEncoder
-from trainer.trace import CPU_ATTENTION, trace
 
 BATCH, STEPS = 4, 2
 SIZE = {"steps": STEPS, "batch": BATCH, "lr": 1e-4}

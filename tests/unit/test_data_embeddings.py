@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sdxs.errors import InvalidRequest
-from trainer.conditioning import Conditioning
 from trainer.data import embeddings
 from trainer.data.embeddings import EmbeddingCache
+from trainer.models.conditioning import Conditioning
 from trainer.sources import teacher_folder
 from trainer.teacher import Teacher
 

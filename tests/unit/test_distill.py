@@ -10,8 +10,8 @@ import pytest
 from sdxs.errors import AlreadyExists, NotFound
 from sdxs.settings import Settings
 from tests.models import tiny_recipe, tiny_teacher
+from trainer.cluster import Cluster
 from trainer.distill import Distillation
-from trainer.launch import Cluster
 from trainer.recipe import DistillRecipe
 from trainer.sources import teacher_folder
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 from tests.models import tiny_recipe
-from trainer.dry_run import dry_run, environment, rehearse, rehearse_teacher
-from trainer.families import write_teacher
-from trainer.launch import Cluster
-from trainer.preflight import check
+from trainer.cluster import Cluster
+from trainer.models.families import write_teacher
+from trainer.preflight.checks import check
+from trainer.preflight.dry_run import dry_run, environment, rehearse, rehearse_teacher
+from trainer.preflight.small import small_recipe
 from trainer.recipe import DistillRecipe, StyleRecipe, TeacherRecipe, built_in, load
-from trainer.small import small_recipe
 
 QUICK = ("style-lora",)
 ALL = [name for name in built_in() if not isinstance(load(name), TeacherRecipe)]

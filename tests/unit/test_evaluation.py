@@ -17,14 +17,24 @@ from sdxs.settings import Settings
 from sdxs.store import FileStore
 from tests.models import tiny_folder, tiny_recipe, tiny_teacher
 from tests.networks import tiny_clip
-from trainer import scoring
 from trainer.artifacts import Artifacts
-from trainer.evaluate import SEED, Generate, Images, choose_captions, gflops, in_batches, multi_step, served, to_uint8
-from trainer.metrics.clip import ClipFeatures
-from trainer.metrics.flops import gflop
-from trainer.metrics.networks import Networks, distribution_scores
+from trainer.evaluation import scoring
+from trainer.evaluation.generators import (
+    SEED,
+    Generate,
+    Images,
+    choose_captions,
+    gflops,
+    in_batches,
+    multi_step,
+    served,
+    to_uint8,
+)
+from trainer.evaluation.metrics.clip import ClipFeatures
+from trainer.evaluation.metrics.flops import gflop
+from trainer.evaluation.metrics.networks import Networks, distribution_scores
+from trainer.evaluation.scoring import DIVERSITY_SEED, REFERENCE_SEED, Comparison, compare, compare_recipe, embedded_judge
 from trainer.recipe import DistillRecipe
-from trainer.scoring import DIVERSITY_SEED, REFERENCE_SEED, Comparison, compare, compare_recipe, embedded_judge
 from trainer.sections import EvaluationSection
 from trainer.teacher import Teacher
 from trainer.worlds.base import get_world

@@ -14,8 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdxs.errors import CorruptArtifact, InvalidRequest
 from sdxs.onestep import probe_folder
-from trainer.families import FAMILIES, set_image_size, write_teacher, write_tokenizer
-from trainer.folders import conditioning_folders, is_sdxl, slim, write_model_index, write_one_step_scheduler
+from trainer.models.families import FAMILIES, set_image_size, write_teacher, write_tokenizer
+from trainer.models.folders import conditioning_folders, is_sdxl, slim, write_model_index, write_one_step_scheduler
 
 
 def count(network: torch.nn.Module) -> int:

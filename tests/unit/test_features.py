@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from sdxs.errors import InvalidRequest
-from trainer.conditioning import Conditioning
-from trainer.discriminators import MidClassifier, ProjectedDiscriminator
-from trainer.features import DinoV2Encoder, FeatureEncoder, VGGEncoder, check_encoder, load_encoder
+from trainer.models.conditioning import Conditioning
+from trainer.models.discriminators import MidClassifier, ProjectedDiscriminator
+from trainer.models.features import DinoV2Encoder, FeatureEncoder, VGGEncoder, check_encoder, load_encoder
 from trainer.objectives.gan import classifier_loss, discriminator_hinge, generator_hinge, generator_loss
 
 TEXT = Conditioning(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3)))

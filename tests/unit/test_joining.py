@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import tiny_teacher
-from trainer.joining import images, join, payload_bytes, shareable, split, summary
+from trainer.pool.joining import images, join, payload_bytes, shareable, split, summary
 from trainer.teacher import Array, Decode, Denoise, Request, Sample, Teacher
 
 sizes_of_mixes = st.lists(st.integers(1, 5), min_size=1, max_size=6)

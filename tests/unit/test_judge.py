@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.judge import FEATURES, Judge, JudgeNet, to_tensor
-from trainer.metrics.frechet import frechet_distance
+from trainer.evaluation.judge import Judge
+from trainer.evaluation.metrics.frechet import frechet_distance
+from trainer.models.judge import FEATURES, JudgeNet, to_tensor
 from trainer.stages.judge import soften
 from trainer.worlds.base import World, get_world
 from trainer.worlds.scenes import ScenesWorld

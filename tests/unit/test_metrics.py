@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from sdxs.errors import InvalidRequest
-from trainer.metrics.diversity import diversity, pairwise_distance
-from trainer.metrics.flops import gflop
-from trainer.metrics.frechet import Gaussian, frechet_distance, gaussian_distance
-from trainer.metrics.kernel import kernel_distance, squared_mmd
-from trainer.metrics.manifold import precision_recall
-from trainer.metrics.networks import distribution_scores
-from trainer.students import student_config
+from trainer.evaluation.metrics.diversity import diversity, pairwise_distance
+from trainer.evaluation.metrics.flops import gflop
+from trainer.evaluation.metrics.frechet import Gaussian, frechet_distance, gaussian_distance
+from trainer.evaluation.metrics.kernel import kernel_distance, squared_mmd
+from trainer.evaluation.metrics.manifold import precision_recall
+from trainer.evaluation.metrics.networks import distribution_scores
+from trainer.models.students import student_config
 
 
 def cloud(count: int, width: int, seed: int = 0, shift: float = 0.0) -> np.ndarray:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
 from tests.networks import CLIP_SIZE, tiny_clip
-from trainer.metrics import inception
-from trainer.metrics.clip import ClipFeatures
-from trainer.metrics.inception import InceptionFeatures
-from trainer.metrics.networks import Networks
+from trainer.evaluation.metrics import inception
+from trainer.evaluation.metrics.clip import ClipFeatures
+from trainer.evaluation.metrics.inception import InceptionFeatures
+from trainer.evaluation.metrics.networks import Networks
 
 WORDS = ["red circle", "a blue square that is far too long to be read", "x"]
 

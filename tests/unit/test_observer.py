@@ -15,17 +15,17 @@ from PIL import Image
 from sdxs.settings import Settings
 from tests.models import tiny_recipe, tiny_teacher
 from trainer.artifacts import open_artifacts
-from trainer.grids import GAP
-from trainer.launch import Cluster, StageJob
-from trainer.observer import GRIDS, Observer, Timed
+from trainer.cluster import Cluster, StageJob
 from trainer.pairs import PairsOrder, draw_pairs
 from trainer.recipe import DistillRecipe
-from trainer.samples import IMAGES, sample_grid
 from trainer.specs import TeacherSpec
 from trainer.stages import STAGES
 from trainer.stages.context import StageContext
 from trainer.teacher import Array, InProcessTeacher, Teacher
-from trainer.tracking import SAMPLED
+from trainer.tracking.grids import GAP
+from trainer.tracking.observer import GRIDS, Observer, Timed
+from trainer.tracking.samples import IMAGES, sample_grid
+from trainer.tracking.tracker import SAMPLED
 
 SHAPE, CAPTIONS = (8, 4, 4), ["a red circle", "blue star", "green square", "a cross", "white ring"]
 
@@ -125,7 +125,7 @@ def test_grids_lie_beside_the_result_and_are_few(
     stage, pinned = STAGES["warmup"](contexts["warmup"]), []
     stage.steps = 100_000
     observer = Observer(job("warmup", None, every=100), stage, artifacts, lambda step, note: pinned.append((step, note)))
-    monkeypatch.setattr("trainer.observer.sample_grid", lambda *_: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr("trainer.tracking.observer.sample_grid", lambda *_: Image.new("RGB", (4, 4)))
     for step in range(100, 100_001, 100):
         observer.picture(step)
     stored = sorted(artifacts.store.list("stages/warmup/d/samples/"))

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from sdxs.errors import InvalidRequest, NotFound, SdxsError
 from sdxs.settings import Settings
-from trainer.families import write_teacher
-from trainer.launch import Cluster
-from trainer.preflight import check
+from trainer.cluster import Cluster
+from trainer.models.families import write_teacher
+from trainer.preflight.checks import check
+from trainer.preflight.shapes import teacher_shapes
 from trainer.recipe import load, parse
-from trainer.shapes import teacher_shapes
 
 DECODER = {
     "latent_channels": 4, "encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,

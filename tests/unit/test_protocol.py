@@ -16,14 +16,14 @@ from sdxs.bundle import read
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.pipeline import OneStepPipeline
 from tests.networks import tiny_clip
-from trainer import protocol as protocols
-from trainer.metrics.clip import ClipFeatures
-from trainer.metrics.frechet import Gaussian, frechet_distance
-from trainer.metrics.kernel import squared_mmd
-from trainer.metrics.manifold import precision_recall
-from trainer.protocol_run import read_prompts, run_protocol, square
-from trainer.rows import Row
-from trainer.scoring import embedded_judge
+from trainer.evaluation import protocol as protocols
+from trainer.evaluation.metrics.clip import ClipFeatures
+from trainer.evaluation.metrics.frechet import Gaussian, frechet_distance
+from trainer.evaluation.metrics.kernel import squared_mmd
+from trainer.evaluation.metrics.manifold import precision_recall
+from trainer.evaluation.protocol_run import read_prompts, run_protocol, square
+from trainer.evaluation.rows import Row
+from trainer.evaluation.scoring import embedded_judge
 from trainer.worlds.base import get_world
 
 PROMPTS = ["red circle", "blue square", "a cat", "two dogs", "green sky", "rain"]

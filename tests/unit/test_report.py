@@ -14,11 +14,11 @@ from rich.console import Console
 
 from sdxs import bundle
 from tests.models import tiny_folder, tiny_recipe, tiny_teacher
-from trainer.card import add_card, read_rows
+from trainer.evaluation.card import add_card, read_rows
+from trainer.evaluation.report import ZOOM, console_table, contact_sheet, write_report
+from trainer.evaluation.rows import Row, columns, markdown, table
+from trainer.evaluation.scoring import embedded_judge, with_recorded
 from trainer.recipe import DistillRecipe
-from trainer.report import ZOOM, console_table, contact_sheet, write_report
-from trainer.rows import Row, columns, markdown, table
-from trainer.scoring import embedded_judge, with_recorded
 
 ROWS = [
     Row("scenes", "train", "vae", 0.987, None, 14.0361, None, 288),

@@ -23,7 +23,7 @@ from services.fabric.deadline import Deadline
 from services.settings import ServingSettings
 from services.unet.service import load
 from tests.models import tiny_sdxl
-from trainer.families import write_tokenizer
+from trainer.models.families import write_tokenizer
 
 PROMPTS = ["red apple", "thumbs up, ñ"]
 

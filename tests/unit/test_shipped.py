@@ -11,8 +11,8 @@ import pytest
 import sdxs
 import trainer
 from sdxs import bundle
-from trainer.card import read_rows
-from trainer.scoring import embedded_judge
+from trainer.evaluation.card import read_rows
+from trainer.evaluation.scoring import embedded_judge
 
 BUNDLE = Path(sdxs.__file__).parent / "bundles" / "emoji"
 ASSETS = Path(trainer.__file__).parent / "assets"

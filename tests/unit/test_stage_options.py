@@ -18,8 +18,8 @@ from transformers import Dinov2Config, Dinov2Model
 from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 from tests.models import tiny_recipe, tiny_teacher
-from trainer import lora
 from trainer.loop import Stage, load_state, save_state
+from trainer.models import lora
 from trainer.pairs import Pairs, PairsOrder, draw_pairs
 from trainer.placement import Placement
 from trainer.real_images import encode_images, encoded_images

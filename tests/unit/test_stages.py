@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from sdxs.noise import latent_noise
 from tests.models import tiny_recipe, tiny_teacher
 from trainer.diffusion import Diffusion
-from trainer.features import UNetEncoder
 from trainer.loop import Stage, load_state, save_state
+from trainer.models.features import UNetEncoder
+from trainer.models.students import FeatureTap, shrink
+from trainer.models.text import TextEncoder
 from trainer.pairs import Pairs, PairsOrder, draw_pairs
 from trainer.placement import Deal
 from trainer.recipe import DistillRecipe
@@ -26,9 +28,7 @@ from trainer.sources import load_frozen
 from trainer.stages import STAGES
 from trainer.stages.context import Ahead, OneStep, StageContext
 from trainer.stages.decoder import PatchDiscriminator
-from trainer.students import FeatureTap, shrink
 from trainer.teacher import Decode, Denoise, InProcessTeacher, Request, Teacher, compact
-from trainer.text import TextEncoder
 
 STEPS, SHAPE = 3, (8, 4, 4)
 DIFF_INSTRUCT = {

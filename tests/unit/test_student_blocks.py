@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sdxs.errors import InvalidRequest
 from tests.unit.test_students import ORIGIN
-from trainer.families import FAMILIES
-from trainer.students import (
+from trainer.models.families import FAMILIES
+from trainer.models.students import (
     FeatureTap,
     count_parameters,
     decoder_config,

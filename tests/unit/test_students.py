@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdxs.errors import InvalidRequest
-from trainer.students import FeatureTap, count_parameters, feature_names, kept_layers, shrink, student_config
+from trainer.models.students import FeatureTap, count_parameters, feature_names, kept_layers, shrink, student_config
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD21: dict[str, Any] = {

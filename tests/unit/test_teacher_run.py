@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdxs.errors import InvalidRequest
 from trainer.recipe import TeacherRecipe, load
-from trainer.runs import train_teacher
+from trainer.teacher_run import train_teacher
 
 SHRUNK: dict[str, dict[str, Any]] = {
     "judge": {"steps": 2, "batch": 4, "warmup": 1},

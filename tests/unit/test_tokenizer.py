@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.tokenizer import tokenize, train_tokenizer
+from trainer.models.tokenizer import tokenize, train_tokenizer
 
 CAPTIONS = ["red apple", "green apple", "red heart", "blue heart", "apple pie"]
 ROOT = Path(__file__).parents[2]

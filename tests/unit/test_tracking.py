@@ -15,12 +15,12 @@ from sdxs.errors import PreconditionFailed
 from sdxs.settings import Settings
 from tests.models import tiny_recipe
 from trainer.artifacts import Artifacts, open_artifacts
-from trainer.board import Board
-from trainer.grids import GAP, grid
 from trainer.recipe import DistillRecipe
-from trainer.run_page import draw_curve
-from trainer.sinks import URI, MLflow, TensorBoard, flat, sinks
-from trainer.tracking import SAMPLED, Tracker, read_curve, told
+from trainer.tracking.board import Board
+from trainer.tracking.grids import GAP, grid
+from trainer.tracking.page import draw_curve
+from trainer.tracking.sinks import URI, MLflow, TensorBoard, flat, sinks
+from trainer.tracking.tracker import SAMPLED, Tracker, read_curve, told
 
 RECIPE = DistillRecipe.model_validate(tiny_recipe(Path("teacher")))
 DIGESTS = {"pairs": "p1", "unet": "u1", "decoder": "d1"}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxs.errors import InvalidRequest
-from trainer.conditioning import Conditioning, concatenate
+from trainer.models.conditioning import Conditioning, concatenate
 
 SHARD_ROWS = 512
 PARTS = tuple(field.name for field in fields(Conditioning))

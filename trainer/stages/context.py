@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from trainer.data.latent_cache import EncodedImages
 from trainer.diffusion import Diffusion
 from trainer.loop import step_generator
+from trainer.models.text import TextEncoder
 from trainer.pairs import Pairs
 from trainer.placement import Deal, Placement, Turn, worker_rank
 from trainer.recipe import DistillRecipe, StyleRecipe
 from trainer.teacher import Pending, Request, TeacherClient, image_size
-from trainer.text import TextEncoder
 
 LAST_TIMESTEP = 999  # the single step starts here (paper: one step at t = 999, guidance 0)
 

@@ -13,9 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.diffusion import Diffusion, stratified_timesteps
 from trainer.loop import Stage, step_generator
+from trainer.models.tokenizer import tokenize
 from trainer.optimisation import Trainable
 from trainer.sections import DenoiserSection
-from trainer.tokenizer import tokenize
 
 LatentBatch = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]
 

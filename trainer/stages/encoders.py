@@ -10,11 +10,11 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from sdxs.errors import InvalidRequest
-from trainer.features import FeatureEncoder, load_encoder
+from trainer.models.features import FeatureEncoder, load_encoder
+from trainer.models.text import TextEncoder
 from trainer.sections import FeatureSection, MatchingSection
 from trainer.sources import load_frozen
 from trainer.stages.context import StageContext
-from trainer.text import TextEncoder
 
 Features = Callable[[Tensor, list[str]], list[Tensor]]
 

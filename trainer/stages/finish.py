@@ -8,10 +8,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from trainer import lora
 from trainer.diffusion import Diffusion
-from trainer.discriminators import ProjectedDiscriminator
 from trainer.loop import Stage
+from trainer.models import lora
+from trainer.models.discriminators import ProjectedDiscriminator
 from trainer.objectives.gan import discriminator_hinge, generator_hinge
 from trainer.optimisation import Losses, Trainable, stage_trainable
 from trainer.placement import Deal, Turn, frozen

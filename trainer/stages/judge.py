@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.judge import JudgeNet, to_tensor
 from trainer.loop import Stage, step_generator
+from trainer.models.judge import JudgeNet, to_tensor
 from trainer.optimisation import Trainable
 from trainer.placement import Placement
 from trainer.schedule import Schedule

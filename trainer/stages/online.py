@@ -8,9 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from trainer import lora
 from trainer.diffusion import Diffusion, stratified_timesteps
-from trainer.discriminators import MidClassifier
+from trainer.models import lora
+from trainer.models.discriminators import MidClassifier
+from trainer.models.students import FeatureTap
+from trainer.models.text import TextEncoder
 from trainer.objectives.diff_instruct import denoising_loss
 from trainer.objectives.gan import classifier_loss, generator_loss
 from trainer.optimisation import Losses, Trainable
@@ -18,8 +20,6 @@ from trainer.placement import frozen
 from trainer.schedule import Schedule
 from trainer.sections import DiffInstructSection
 from trainer.stages.context import Batch, Predictor, StageContext
-from trainer.students import FeatureTap
-from trainer.text import TextEncoder
 
 
 class Classifying(nn.Module):

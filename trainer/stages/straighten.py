@@ -11,9 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from trainer import lora
 from trainer.diffusion import Diffusion
 from trainer.loop import Stage
+from trainer.models import lora
 from trainer.objectives.lcm import boundary_scalings, ddim_step, pseudo_huber
 from trainer.optimisation import Losses, gathered, stage_trainable
 from trainer.placement import Deal, Turn

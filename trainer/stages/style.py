@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from trainer import lora
+from trainer.models import lora
 from trainer.recipe import StyleRecipe
 from trainer.sections import StyleSection
 from trainer.stages.context import StageContext, load_student, save_network

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from trainer.diffusion import Diffusion, stratified_timesteps
 from trainer.loop import Stage
+from trainer.models.students import FeatureTap, feature_names, shrink
 from trainer.objectives.distillation import feature_distillation, knowledge_distillation, output_distillation
 from trainer.optimisation import Losses, stage_trainable
 from trainer.placement import Deal, Turn
 from trainer.recipe import DistillRecipe
 from trainer.stages.context import Ahead, Predictor, StageContext, save_network
-from trainer.students import FeatureTap, feature_names, shrink
 from trainer.teacher import Denoise, Request, compact
 
 

@@ -1,0 +1,1 @@
+"""How good and how fast a bundle is: metrics, judges, protocols, and the pages and cards that show them."""

@@ -1,0 +1,1 @@
+"""Networks: students from teachers, text encoders, feature encoders, discriminators, LoRAs. Knows neither recipes nor Ray."""

@@ -1,0 +1,1 @@
+"""The teacher pool: its actors, the client that a worker asks through, and what it costs a cluster."""

@@ -1,0 +1,282 @@
+"""What can be wrong with a recipe that shows before any worker starts: parts, shapes, files, and what the machines can do.
+
+Every fault is one InvalidRequest that names the field, its value, what is allowed, and the recipe's file. No weights are read but a
+LoRA's names and shapes, and no GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+from sdxs import registry
+from sdxs.errors import InvalidRequest, NotFound
+from sdxs.settings import Settings
+from trainer.cluster import Cluster
+from trainer.models import lora
+from trainer.models.features import check_encoder
+from trainer.models.students import shrink
+from trainer.plan import offline_spec
+from trainer.preflight.given import Recipe, absent, check_prompts
+from trainer.preflight.shapes import TeacherShapes, build, feature_maps, read_shapes, teacher_shapes
+from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.sections import DiffInstructSection, LoraSection, MatchingSection, Optimisation, PairsSection
+from trainer.sources import teacher_folder
+
+NOISE = {
+    "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+}  # fmt: skip
+"""What two models' noise schedules must share, with diffusers' defaults."""
+
+
+def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fetch: bool = True) -> TeacherShapes:
+    """Everything about a recipe that needs no worker. Returns its teacher's shapes.
+
+    Args:
+        file: where the recipe was read from, for messages.
+        fetch: download what is not on this machine yet. Without, such a teacher is judged by its published shapes, and files of the
+            user's own may be missing (`absent`).
+
+    Raises:
+        InvalidRequest, NotFound: the first fault.
+    """
+    with in_file(file):
+        _machines(recipe, cluster)
+        _packages(recipe)
+        teacher = _teacher("teacher", recipe.teacher, fetch)
+        missing = [] if fetch else [field for field, _ in absent(recipe)]
+        if recipe.data is not None and "data.prompts" not in missing:
+            check_prompts(recipe.data)
+        if isinstance(recipe, StyleRecipe):
+            _base(recipe, teacher, settings, fetch)
+        else:
+            _student(recipe, teacher)
+            _decoder(recipe, teacher)
+        for name, section in matching_sections(recipe):
+            _feature_weights(name, section, teacher, fetch)
+        _other_teachers(recipe, teacher, fetch)
+        _loras(recipe, teacher, fetch, missing)
+    return teacher
+
+
+@contextmanager
+def in_file(file: str) -> Iterator[None]:
+    """Says of every fault found inside which recipe it is in."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(error.field, error.value, f"{error.allowed} (recipe {file})") from error
+    except NotFound as error:
+        raise NotFound(f"{error} (recipe {file})") from error
+
+
+def trained_sections(recipe: Recipe) -> list[tuple[str, Optimisation]]:
+    """The sections of all stages that train, by name."""
+    fields = type(recipe).model_fields
+    return [(name, getattr(recipe, name)) for name in fields if isinstance(getattr(recipe, name), Optimisation)]
+
+
+def matching_sections(recipe: Recipe) -> list[tuple[str, MatchingSection]]:
+    """Those of them that match features."""
+    return [(name, section) for name, section in trained_sections(recipe) if isinstance(section, MatchingSection)]
+
+
+def _machines(recipe: Recipe, cluster: Cluster) -> None:
+    """Precision for the devices, batches for the number of workers."""
+    compute = recipe.compute
+    if compute.precision == "bf16" and not cluster.gpus_per_worker:
+        raise InvalidRequest("compute.precision", "bf16", "float32 on workers without a GPU, or --gpus-per-worker")
+    asked = cluster.gpus_per_teacher if cluster.teachers else cluster.gpus_per_worker
+    if compute.teacher_precision == "fp16" and not asked:
+        raise InvalidRequest("compute.teacher_precision", "fp16", "float32 for a teacher without a GPU, or --gpus-per-teacher")
+    elastic = not isinstance(cluster.workers, int) and len(set(cluster.workers)) > 1
+    for name, section in trained_sections(recipe):
+        if section.micro_batch is None and elastic:
+            raise InvalidRequest(
+                f"{name}.micro_batch", None, "a number, with elastic workers: batches must not depend on how many"
+            )
+        if section.micro_batch is None and section.batch % cluster.most_workers:
+            raise InvalidRequest(
+                f"{name}.batch", section.batch, f"a multiple of {cluster.most_workers} workers, or a micro_batch"
+            )
+
+
+def _packages(recipe: Recipe) -> None:
+    """Libraries that only some recipes need."""
+    for name, section in trained_sections(recipe):
+        eight = isinstance(section, DiffInstructSection) and section.online_optimizer == "adamw8bit"
+        if eight and find_spec("torchao") is None:
+            raise InvalidRequest(f"{name}.online_optimizer", "adamw8bit", "adamw, or an installed torchao")
+
+
+def _teacher(field: str, source: str, fetch: bool) -> TeacherShapes:
+    """A teacher with all its parts; where it is to be fetched only later, its shapes."""
+    try:
+        shapes = read_shapes(source, teacher_folder(source)) if fetch else teacher_shapes(source)
+    except InvalidRequest as error:
+        raise InvalidRequest(field, source, error.allowed) from error
+    except NotFound as error:
+        raise NotFound(f"{field}: {error}") from error
+    if shapes.folder is not None:
+        _whole(field, shapes, shapes.folder)
+    return shapes
+
+
+def _whole(field: str, shapes: TeacherShapes, folder: Path) -> None:
+    """Networks with weights; for SDXL two text encoders."""
+    second = ("text_encoder_2", "tokenizer_2") if shapes.sdxl else ()
+    for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer", *second):
+        if not (folder / part).is_dir():
+            raise InvalidRequest(field, shapes.source, f"a diffusers text-to-image folder; {folder} has no {part}/")
+    for part in ("unet", "vae", "text_encoder", *second[:1]):
+        if not any((folder / part).glob("*.safetensors")) and not any((folder / part).glob("*.bin")):
+            raise InvalidRequest(field, shapes.source, f"a folder with weights; {folder / part} has no .safetensors")
+    kind = shapes.scheduler.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise InvalidRequest(f"{field}.scheduler.prediction_type", kind, "epsilon or v_prediction")
+
+
+def _student(recipe: DistillRecipe, teacher: TeacherShapes) -> None:
+    """Block removal works on this teacher: every layer that stays has the same shape."""
+    with torch.device("meta"):
+        unet = build(UNet2DConditionModel, teacher.unet, "teacher.unet")
+        try:
+            shrink(unet, recipe.student.blocks)
+        except (ValueError, KeyError, IndexError) as error:
+            allowed = f"blocks that fit the teacher {teacher.source!r} ({error})"
+            raise InvalidRequest("student.blocks", recipe.student.blocks, allowed) from error
+
+
+def _decoder(recipe: DistillRecipe, teacher: TeacherShapes) -> None:
+    """A tiny autoencoder of the teacher's latents and image size."""
+    config, field = recipe.decoder.config, "decoder.config"
+    missing = [name for name in ("latent_channels", "decoder_block_out_channels") if name not in config]
+    if missing:
+        raise InvalidRequest(f"{field}.{missing[0]}", None, "a configuration of AutoencoderTiny with this field")
+    for side in ("decoder", "encoder"):
+        _levels(config, side, teacher)
+    with torch.device("meta"):
+        try:
+            AutoencoderTiny(**config)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise InvalidRequest(field, config, f"a configuration of diffusers' AutoencoderTiny ({error})") from error
+    channels = teacher.latent[0]
+    if config["latent_channels"] != channels:
+        raise InvalidRequest(
+            f"{field}.latent_channels", config["latent_channels"], f"{channels}, as the teacher's latents have"
+        )
+
+
+def _levels(config: dict[str, Any], side: str, teacher: TeacherShapes) -> None:
+    """As many resolutions as the teacher's autoencoder has, each with its number of blocks."""
+    widths = config.get(f"{side}_block_out_channels", (64,) * 4)
+    blocks = config.get(f"num_{side}_blocks", (3,) * 4)
+    levels = teacher.factor.bit_length()
+    if len(widths) != levels:
+        allowed = f"{levels} widths: an image is {teacher.factor} times the size of the teacher's latent"
+        raise InvalidRequest(f"decoder.config.{side}_block_out_channels", widths, allowed)
+    if len(blocks) != levels:
+        raise InvalidRequest(f"decoder.config.num_{side}_blocks", blocks, f"{levels} numbers, one for each width")
+
+
+def _feature_weights(name: str, section: MatchingSection, teacher: TeacherShapes, fetch: bool) -> None:
+    """An encoder that is what it is called, and one weight for each of its maps."""
+    source = section.encoder_source or ""
+    if fetch or Path(source).exists():
+        try:
+            check_encoder(section.encoder, section.encoder_source)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{name}.encoder_source", source, error.allowed) from error
+    maps = feature_maps(section, teacher)
+    if len(section.feature_weights) != maps:
+        allowed = f"{maps} numbers, one for each map of {section.encoder}"
+        raise InvalidRequest(f"{name}.feature_weights", section.feature_weights, allowed)
+
+
+def _other_teachers(recipe: Recipe, teacher: TeacherShapes, fetch: bool) -> None:
+    """Models beside the teacher: who draws samples shares its latents, who gives the offline score also its text and its noise."""
+    for name, section in drawn_sections(recipe):
+        if section.teacher is not None:
+            _share_latents(f"{name}.teacher", _teacher(f"{name}.teacher", section.teacher, fetch), teacher)
+    offline = recipe.offline if isinstance(recipe, DistillRecipe) else None
+    if offline is not None and offline.teacher is not None:
+        other = _teacher("offline.teacher", offline.teacher, fetch)
+        _share_latents("offline.teacher", other, teacher)
+        _share_text("offline.teacher", other, teacher)
+        _share_noise("offline.teacher", other.source, other.scheduler, teacher)
+
+
+def drawn_sections(recipe: Recipe) -> list[tuple[str, PairsSection]]:
+    """Everything that is sampled from a teacher, by its field."""
+    found = [(name, getattr(recipe, name, None)) for name in ("pairs", "compositions")]
+    straighten = recipe.straighten if isinstance(recipe, DistillRecipe) else None
+    named = [*found, ("straighten.samples", straighten.samples if straighten else None)]
+    return [(name, section) for name, section in named if section is not None]
+
+
+def _share_latents(field: str, other: TeacherShapes, teacher: TeacherShapes) -> None:
+    if other.latent != teacher.latent:
+        raise InvalidRequest(field, other.source, f"latents of {teacher.latent}, as the teacher's; these are {other.latent}")
+    theirs, ours = (shapes.vae.get("scaling_factor", 0.18215) for shapes in (other, teacher))
+    if theirs != ours:
+        raise InvalidRequest(field, other.source, f"latents scaled by {ours}, as the teacher's; these are by {theirs}")
+
+
+def _share_text(field: str, other: TeacherShapes, teacher: TeacherShapes) -> None:
+    for name, theirs, ours in (
+        ("cross_attention_dim", other.text_width, teacher.text_width),
+        ("SDXL", other.sdxl, teacher.sdxl),
+    ):
+        if theirs != ours:
+            raise InvalidRequest(field, other.source, f"the teacher's text: {name} {ours}; this one has {theirs}")
+
+
+def _share_noise(field: str, source: str, scheduler: Any, teacher: TeacherShapes) -> None:
+    for name, default in NOISE.items():
+        theirs, ours = scheduler.get(name, default), teacher.scheduler.get(name, default)
+        if theirs != ours:
+            raise InvalidRequest(field, source, f"the teacher's {name}, {ours}; this one has {theirs}")
+
+
+def _loras(recipe: Recipe, teacher: TeacherShapes, fetch: bool, missing: list[str]) -> None:
+    """Style LoRAs fit the model they are merged into."""
+    if {"style.path", "offline.lora.path"} & set(missing):
+        return
+    if isinstance(recipe, StyleRecipe):
+        _lora("style.path", recipe.style, teacher)
+    elif recipe.offline is not None and recipe.offline.lora is not None:
+        source = offline_spec(recipe).source
+        _lora(
+            "offline.lora.path",
+            recipe.offline.lora,
+            teacher if source == recipe.teacher else _teacher("offline", source, fetch),
+        )
+
+
+def _lora(field: str, section: LoraSection, teacher: TeacherShapes) -> None:
+    try:
+        lora.check_lora(section.path, teacher.unet)
+    except InvalidRequest as error:
+        raise InvalidRequest(field, section.path, f"{error.allowed} ({Path(section.path).name})") from error
+
+
+def _base(recipe: StyleRecipe, teacher: TeacherShapes, settings: Settings, fetch: bool) -> None:
+    """The bundle that learns a style is a student of this teacher's kind."""
+    if not fetch and not Path(recipe.base).is_dir():
+        return
+    folder, _ = registry.open_model(recipe.base, settings)
+    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf8"))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf8"))
+    for name in ("in_channels", "sample_size", "cross_attention_dim"):
+        if unet[name] != teacher.unet[name]:
+            raise InvalidRequest(
+                "base", recipe.base, f"a bundle with the teacher's {name}, {teacher.unet[name]}; it has {unet[name]}"
+            )
+    _share_noise("base", recipe.base, scheduler, teacher)

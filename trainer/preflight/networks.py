@@ -1,0 +1,210 @@
+"""The networks of a recipe, each traced once on its shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor, nn
+
+from trainer.models import lora
+from trainer.models.conditioning import Conditioning
+from trainer.models.features import DinoV2Encoder, FeatureEncoder, UNetEncoder, VGGEncoder
+from trainer.models.students import feature_names, student_config
+from trainer.preflight.given import Recipe
+from trainer.preflight.shapes import TeacherShapes, build, dinov2_config, teacher_shapes, weightless
+from trainer.preflight.trace import Trace, trace
+from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.sections import FeatureSection, PairsSection
+from trainer.stages.decoder import PatchDiscriminator
+
+Config = Mapping[str, Any]
+
+
+class Networks:
+    """What a recipe trains and asks, without weights."""
+
+    def __init__(self, recipe: Recipe, teacher: TeacherShapes) -> None:
+        self.recipe, self.shapes = recipe, teacher
+        self.bf16 = recipe.compute.precision == "bf16"
+        self._others: dict[str, Trace] = {}
+        self._encoders: dict[str, Trace] = {}
+
+    @property
+    def latent_elements(self) -> int:
+        """Numbers of a latent."""
+        return math.prod(self.shapes.latent)
+
+    @property
+    def image_elements(self) -> int:
+        """Numbers of an image."""
+        side = self.shapes.latent[1] * self.shapes.factor
+        return 3 * side * side
+
+    @cached_property
+    def student_config(self) -> Config:
+        """Of the student, or of the bundle that learns a style where it is at hand."""
+        recipe = self.recipe
+        if isinstance(recipe, StyleRecipe):
+            unet = Path(recipe.base) / "unet" / "config.json"
+            return dict(UNet2DConditionModel.load_config(unet)) if unet.is_file() else student_config(self.shapes.unet)
+        return student_config(self.shapes.unet, recipe.student.blocks)
+
+    @cached_property
+    def student(self) -> Trace:
+        """The student's U-Net."""
+        return self._unet(self.shapes, self.student_config)
+
+    @cached_property
+    def teacher(self) -> Trace:
+        """The teacher's U-Net in the workers' precision, with the outputs that a student learns from."""
+        with torch.device("meta"):
+            student = build(UNet2DConditionModel, self.student_config, "student")
+        return self._unet(self.shapes, self.shapes.unet, feature_names(student)[0])
+
+    @cached_property
+    def offline(self) -> Trace:
+        """Who gives the offline score, and so the online model."""
+        return self.teacher if self._offline_source is None else self._other(self._offline_source)
+
+    @property
+    def _offline_source(self) -> str | None:
+        """Where the offline model is not the teacher."""
+        recipe = self.recipe
+        return recipe.offline.teacher if isinstance(recipe, DistillRecipe) and recipe.offline else None
+
+    def drawing(self, section: PairsSection) -> Trace:
+        """Who draws samples."""
+        return self.teacher if section.teacher is None else self._other(section.teacher)
+
+    def _other(self, source: str) -> Trace:
+        """Of another teacher; of one of the same shape the teacher's own."""
+        if source not in self._others:
+            shapes = teacher_shapes(source)
+            alike = _same(shapes.unet, self.shapes.unet)
+            self._others[source] = self.teacher if alike else self._unet(shapes, shapes.unet)
+        return self._others[source]
+
+    def encoder(self, section: FeatureSection) -> Trace:
+        """f^l of a section; gradients pass through it to the latent."""
+        if section.encoder not in self._encoders:
+            with weightless():
+                encoder = self._encoder(section).requires_grad_(False)
+                self._encoders[section.encoder] = trace(encoder, self._seen, bf16=self.bf16)
+        return self._encoders[section.encoder]
+
+    def _encoder(self, section: FeatureSection) -> FeatureEncoder:
+        if section.encoder == "unet":
+            return UNetEncoder(build(UNet2DConditionModel, self.shapes.unet, "teacher.unet"))
+        assert isinstance(self.recipe, DistillRecipe)
+        tiny: Any = build(AutoencoderTiny, self.recipe.decoder.config, "decoder.config")
+        tiny.requires_grad_(False)
+
+        def decode(latent_BCHW: Tensor) -> Tensor:
+            image_BCHW: Tensor = tiny.decode(latent_BCHW).sample
+            return image_BCHW
+
+        if section.encoder == "vgg":
+            return VGGEncoder(decode)
+        return DinoV2Encoder(transformers.Dinov2Model(dinov2_config(section.encoder_source or "")), decode)
+
+    def _seen(self, network: nn.Module, images: int) -> Any:
+        return network(torch.zeros(images, *self.shapes.latent, requires_grad=True), conditioning(self.shapes, images))
+
+    @cached_property
+    def kl_decoder(self) -> Trace:
+        """The teacher's decoder, in float32."""
+        with weightless():
+            vae: Any = build(AutoencoderKL, self.shapes.vae, "teacher.vae")
+            channels, side, _ = self.shapes.latent
+            return trace(vae, lambda _, images: vae.decode(torch.zeros(images, channels, side, side)))
+
+    @property
+    def vae_parameters(self) -> int:
+        """Of the teacher's autoencoder."""
+        return self.kl_decoder.parameters
+
+    @cached_property
+    def text_parameters(self) -> int:
+        """Of all text encoders."""
+        with torch.device("meta"):
+            networks = [transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)) for config in self.shapes.texts]
+        return sum(p.numel() for network in networks for p in network.parameters())
+
+    def _tiny(self, part: str, call: Callable[[Any, int], Any]) -> Trace:
+        """A half of the tiny autoencoder. A recipe of a style trains none."""
+        assert isinstance(self.recipe, DistillRecipe)
+        with weightless():
+            network: Any = build(AutoencoderTiny, self.recipe.decoder.config, "decoder.config")
+            return trace(getattr(network, part), call, bf16=self.bf16)
+
+    @cached_property
+    def tiny_decoder(self) -> Trace:
+        """The decoder that the run trains."""
+        return self._tiny("decoder", lambda network, images: network(torch.zeros(images, *self.shapes.latent)))
+
+    @cached_property
+    def tiny_encoder(self) -> Trace:
+        """The encoder beside it."""
+        return self._tiny("encoder", lambda network, images: network(torch.zeros(images, *self._image)))
+
+    @property
+    def _image(self) -> tuple[int, int, int]:
+        side = self.shapes.latent[1] * self.shapes.factor
+        return 3, side, side
+
+    @cached_property
+    def discriminator(self) -> Trace:
+        """Of images, beside the decoder."""
+        assert isinstance(self.recipe, DistillRecipe)
+        width, latent = self.recipe.decoder.discriminator_width, self.shapes.latent
+        with weightless():
+            judge = PatchDiscriminator(latent[0], width, self.shapes.factor.bit_length() - 1)
+            return trace(
+                judge, lambda network, images: network(torch.zeros(images, *self._image), torch.zeros(images, *latent))
+            )
+
+    def _unet(self, shapes: TeacherShapes, config: Config, taps: Sequence[str] = ()) -> Trace:
+        with weightless():
+            unet = build(UNet2DConditionModel, config, "unet")
+            return trace(unet, unet_call(shapes), bf16=self.bf16, taps=taps)
+
+    def lora(self, rank: int, of: str, targets: Sequence[str] = lora.EVERYWHERE) -> int:
+        """Parameters of a LoRA on the student's U-Net, the teacher's or the offline one's."""
+        offline = teacher_shapes(self._offline_source).unet if of == "offline" and self._offline_source else self.shapes.unet
+        config = self.student_config if of == "student" else offline
+        with torch.device("meta"):
+            unet = build(UNet2DConditionModel, config, "unet")
+            lora.attach(unet, rank, targets=targets)
+        return sum(p.numel() for p in unet.parameters() if p.requires_grad)
+
+
+def _same(a: Config, b: Config) -> bool:
+    """Whether two configurations say the same; what diffusers notes of itself does not count."""
+    plain = [json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True) for config in (a, b)]
+    return plain[0] == plain[1]
+
+
+def conditioning(shapes: TeacherShapes, images: int) -> Conditioning:
+    """What a U-Net of these shapes is told beside the timestep, without content."""
+    text_BLD = torch.zeros(images, shapes.tokens, shapes.text_width)
+    if not shapes.sdxl:
+        return Conditioning(text_BLD)
+    return Conditioning(text_BLD, torch.zeros(images, shapes.texts[-1]["projection_dim"]), torch.zeros(images, 6))
+
+
+def unet_call(shapes: TeacherShapes) -> Callable[[nn.Module, int], Any]:
+    """Runs a U-Net on so many latents."""
+
+    def call(network: nn.Module, images: int) -> Any:
+        t_B = torch.zeros(images, dtype=torch.long)
+        return network(torch.zeros(images, *shapes.latent), t_B, **conditioning(shapes, images).arguments()).sample
+
+    return call
