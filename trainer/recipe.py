@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from sdxs.errors import InvalidRequest, NotFound
+from sdxs.errors import InvalidRequest
+from trainer import documents
 from trainer.sections import (
     AutoencoderSection,
     ComputeSection,
@@ -133,9 +132,7 @@ def digest(value: BaseModel | Any) -> str:
 
 def built_in() -> list[str]:
     """Names of the recipes that ship with the trainer."""
-    return sorted(
-        p.name.removesuffix(".toml") for p in resources.files("trainer.recipes").iterdir() if p.name.endswith(".toml")
-    )
+    return documents.shipped("trainer.recipes")
 
 
 def load(name_or_path: str) -> AnyRecipe:
@@ -143,17 +140,11 @@ def load(name_or_path: str) -> AnyRecipe:
 
     Raises:
         NotFound: neither a built-in name nor a file.
-        InvalidRequest: the file is not TOML or a field is missing, unknown or out of range; names the field.
+        InvalidRequest: the file is not TOML or a field is missing, unknown or out of range; names the field and the file.
     """
-    path = Path(name_or_path)
-    if not path.suffix:
-        path = Path(str(resources.files("trainer.recipes") / f"{name_or_path}.toml"))
-    if not path.is_file():
-        raise NotFound(f"recipe {name_or_path!r}: no such file, and not one of {', '.join(built_in())}")
+    path, data = documents.read("recipe", name_or_path, "trainer.recipes")
     try:
-        return parse(tomllib.loads(path.read_text(encoding="utf8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest("recipe", str(path), f"TOML ({error})") from error
+        return parse(data)
     except InvalidRequest as error:
         raise InvalidRequest(error.field, error.value, f"{error.allowed} (recipe {path})") from error
 
@@ -176,7 +167,4 @@ def parse(data: dict[str, Any]) -> AnyRecipe:
     try:
         return _ADAPTER.validate_python(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        loc = first["loc"][1:] if first["loc"] else ("kind",)  # the first part is the kind itself
-        value = first.get("input") if loc else data.get("name")  # of a rule about the whole, the recipe's name says enough
-        raise InvalidRequest(".".join(["recipe", *map(str, loc)]), value, first["msg"]) from error
+        raise documents.refused("recipe", data, error, skip=1) from error  # the first part of a place is the kind itself

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
 from sdxs.errors import InvalidRequest
-from tests.unit.test_students import ORIGIN
+from tests.unit.test_students import ORIGIN, build, shapes
 from trainer.models.families import FAMILIES
 from trainer.models.students import (
     FeatureTap,
@@ -39,16 +39,6 @@ VEGA: dict[str, Any] = {
     "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
-
-
-def build(config: dict[str, Any]) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel.from_config(config).eval()
-
-
-def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in UNet2DConditionModel.from_config(config).state_dict().items()}
 
 
 @pytest.mark.parametrize(

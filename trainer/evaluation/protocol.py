@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from sdxs.errors import InvalidRequest, NotFound
+from trainer import documents
 from trainer.sections import Section
 
 Metric = Literal["fid", "kid", "precision_recall", "clip_score"]
@@ -75,11 +72,7 @@ class Protocol(Section):
 
 def built_in() -> list[str]:
     """Names of the protocols that ship with the trainer."""
-    return sorted(
-        p.name.removesuffix(".toml")
-        for p in resources.files("trainer.evaluation.protocols").iterdir()
-        if p.name.endswith(".toml")
-    )
+    return documents.shipped("trainer.evaluation.protocols")
 
 
 def load(name_or_path: str) -> Protocol:
@@ -89,15 +82,8 @@ def load(name_or_path: str) -> Protocol:
         NotFound: neither a built-in name nor a file.
         InvalidRequest: the file is not TOML or a field is missing, unknown or out of range; names the field.
     """
-    path = Path(name_or_path)
-    if not path.suffix:
-        path = Path(str(resources.files("trainer.evaluation.protocols") / f"{name_or_path}.toml"))
-    if not path.is_file():
-        raise NotFound(f"protocol {name_or_path!r}: no such file, and not one of {', '.join(built_in())}")
-    try:
-        return parse(tomllib.loads(path.read_text(encoding="utf8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest("protocol", str(path), f"TOML ({error})") from error
+    _, data = documents.read("protocol", name_or_path, "trainer.evaluation.protocols")
+    return parse(data)
 
 
 def parse(data: dict[str, Any]) -> Protocol:
@@ -105,6 +91,4 @@ def parse(data: dict[str, Any]) -> Protocol:
     try:
         return Protocol.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        value = first.get("input") if first["loc"] else data.get("name")
-        raise InvalidRequest(".".join(["protocol", *map(str, first["loc"])]), value, first["msg"]) from error
+        raise documents.refused("protocol", data, error) from error

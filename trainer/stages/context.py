@@ -49,7 +49,10 @@ class StageContext:
 
     def draw(self, turn: Turn, size: int) -> Batch:
         """The pairs of a turn: a function of seed, step and micro-batch alone, not of worker or device."""
-        generator = step_generator(self.recipe.seed, turn.index, turn.micro)
+        return self.draw_from(step_generator(self.recipe.seed, turn.index, turn.micro), size)
+
+    def draw_from(self, generator: torch.Generator, size: int) -> Batch:
+        """The next pairs that a generator draws."""
         noise_BCHW, target_BCHW, captions = self.pairs.draw(size, generator)
         device = self.placement.device
         return Batch(noise_BCHW.to(device), target_BCHW.to(device), captions, generator)

@@ -20,7 +20,7 @@ from trainer.plan import offline_spec
 from trainer.recipe import DistillRecipe
 from trainer.sections import DiffInstructSection
 from trainer.sources import load_frozen, teacher_folder
-from trainer.stages.context import OneStep, StageContext, load_student, received, save_network
+from trainer.stages.context import Batch, OneStep, StageContext, load_student, received, save_network
 from trainer.stages.encoders import encoder_of
 from trainer.stages.online import OnlineModel
 from trainer.stages.scores import DecoupledDmd, DiffInstruct, Draft, ScoreIdentity, ScoreObjective
@@ -80,8 +80,8 @@ class DiffInstructStage(Stage):
         alpha, lambda_fm = (interpolate(*bounds, moved) for bounds in (self.section.alpha, self.section.lambda_fm))
         turns = self.deal.turns(index)
         drafts = self._drafts(turns, segment_end(alpha, self.diffusion.timesteps))
-        online = self._train_online(index, turns, drafts)
-        metrics = self.trainables["unet"].learn(turns, lambda turn: self._losses(turn, turns, drafts, lambda_fm))
+        online = self._train_online(turns, drafts)
+        metrics = self.trainables["unet"].learn(turns, lambda turn: self._losses(turn, drafts, lambda_fm))
         if self.adaptive is not None:
             self.adaptive.note(average_over_workers({"gap": float(metrics["gap"])})["gap"])
         extra = {"classifier": online["classifier"]} if "classifier" in online else {}
@@ -103,37 +103,34 @@ class DiffInstructStage(Stage):
                 x0_BCHW = self.generate(start_BCHW, batch.captions)
             drafts[turn.sequence] = self.objective.renoise(batch, x0_BCHW, end)
             if len(self._asked) < DEPTH:
-                self._ask(turn, drafts)
+                self._ask(turn.sequence, drafts)
         return drafts
 
-    def _ask(self, turn: Turn, drafts: dict[int, Draft]) -> None:
-        requests = self.objective.ask(drafts[turn.sequence])
-        self._asked[turn.sequence] = [self.context.teacher.submit(request) for request in requests]
+    def _ask(self, sequence: int, drafts: dict[int, Draft]) -> None:
+        requests = self.objective.ask(drafts[sequence])
+        self._asked[sequence] = [self.context.teacher.submit(request) for request in requests]
 
-    def _train_online(self, index: int, turns: list[Turn], drafts: dict[int, Draft]) -> Losses:
+    def _train_online(self, turns: list[Turn], drafts: dict[int, Draft]) -> Losses:
         """`online_ratio` updates on student samples, over all t; the first on this step's, the others on fresh ones."""
-        found: Losses = {}
-        for repeat in range(self.section.online_ratio):
-
-            def losses(turn: Turn, fresh: bool = repeat > 0) -> Losses:
-                draft = drafts[turn.sequence]
-                if not fresh:
-                    return self.online.losses(draft.batch, draft.x0_BCHW.detach())
-                noise, target, captions = self.context.pairs.draw(self.deal.size, draft.batch.generator)
-                device = self.context.placement.device
-                batch = type(draft.batch)(noise.to(device), target.to(device), captions, draft.batch.generator)
-                with torch.no_grad():
-                    x0_BCHW = self.generate(self.generate.start(batch, self.section.student_input), captions)
-                return self.online.losses(batch, x0_BCHW)
-
-            found = self.online.trainable.learn(turns, losses)
+        learn = self.online.trainable.learn
+        found = learn(
+            turns, lambda turn: self.online.losses(drafts[turn.sequence].batch, drafts[turn.sequence].x0_BCHW.detach())
+        )
+        for _ in range(1, self.section.online_ratio):
+            found = learn(turns, lambda turn: self.online.losses(*self._sampled(drafts[turn.sequence].batch.generator)))
         return found
 
-    def _losses(self, turn: Turn, turns: list[Turn], drafts: dict[int, Draft], lambda_fm: float) -> Losses:
+    @torch.no_grad()
+    def _sampled(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """The next batch, and the student's samples for it."""
+        batch = self.context.draw_from(generator, self.deal.size)
+        return batch, self.generate(self.generate.start(batch, self.section.student_input), batch.captions)
+
+    def _losses(self, turn: Turn, drafts: dict[int, Draft], lambda_fm: float) -> Losses:
         draft = drafts[turn.sequence]
         ahead = turn.sequence + DEPTH
         if ahead in drafts:
-            self._ask(next(other for other in turns if other.sequence == ahead), drafts)
+            self._ask(ahead, drafts)
         x0_BCHW = draft.x0_BCHW
         if not x0_BCHW.requires_grad:
             x0_BCHW = self.generate(self.generate.start(draft.batch, self.section.student_input), draft.batch.captions)
@@ -161,10 +158,9 @@ class DiffInstructStage(Stage):
     def _realism(self, draft: Draft, x0_BCHW: Tensor) -> Losses:
         if self.section.latent_gan is None:
             return {}
-        alpha, sigma = self.diffusion.coefficients(draft.t_B, x0_BCHW.device)
-        noise_BCHW = (draft.noisy_BCHW - alpha * draft.x0_BCHW.detach()) / sigma
-        noisy_BCHW = self.diffusion.diffuse(x0_BCHW, noise_BCHW, draft.t_B)
-        return {"realism": self.online.realism(noisy_BCHW, draft.t_B, draft.batch.captions)}
+        renoised = draft.renoised
+        noisy_BCHW = self.diffusion.diffuse(x0_BCHW, renoised.noise_BCHW, renoised.t_B)  # with the student's graph
+        return {"realism": self.online.realism(noisy_BCHW, renoised.t_B, draft.batch.captions)}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -6,7 +6,7 @@ Each says what the teacher has to be asked for a draft, ahead of time, and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -24,15 +24,26 @@ from trainer.teacher import Denoise, Request, Teacher, compact
 
 
 @dataclass(frozen=True)
+class Renoised:
+    """A student sample diffused to times t with this noise."""
+
+    noisy_BCHW: Tensor
+    t_B: Tensor
+    noise_BCHW: Tensor
+
+    def ask(self, captions: list[str], guidance: float = 1.0) -> Denoise:
+        """For the teacher's output at it."""
+        return Denoise(compact(self.noisy_BCHW), self.t_B.cpu().numpy(), captions, guidance)
+
+
+@dataclass(frozen=True)
 class Draft:
-    """A student sample on its way: drawn batch, x0 (with its graph if it is still wanted), and its re-noised forms with their times."""
+    """A student sample on its way: drawn batch, x0 (with its graph if it is still wanted), its re-noised form, and a second one."""
 
     batch: Batch
     x0_BCHW: Tensor
-    noisy_BCHW: Tensor
-    t_B: Tensor
-    augmented_BCHW: Tensor | None = None  # a second re-noise draw
-    augmented_t_B: Tensor | None = None
+    renoised: Renoised
+    augmented: Renoised | None = None
 
 
 class ScoreObjective(Protocol):
@@ -59,28 +70,30 @@ class DiffInstruct:
 
     def renoise(self, batch: Batch, x0_BCHW: Tensor, end: int) -> Draft:
         low = min(round(self.section.t_min * self.diffusion.timesteps), end - 1)
-        return Draft(batch, x0_BCHW, *self._diffused(batch, x0_BCHW, low, end))
+        return Draft(batch, x0_BCHW, self._renoised(batch, x0_BCHW, low, end))
 
-    def _diffused(self, batch: Batch, x0_BCHW: Tensor, low: int, end: int) -> tuple[Tensor, Tensor]:
+    def _renoised(self, batch: Batch, x0_BCHW: Tensor, low: int, end: int) -> Renoised:
         device = x0_BCHW.device
         t_B = stratified_timesteps(len(x0_BCHW), low, end, batch.generator).to(device)
         noise_BCHW = torch.randn(x0_BCHW.shape, generator=batch.generator).to(device)
-        return self.diffusion.diffuse(x0_BCHW.detach(), noise_BCHW, t_B), t_B
+        return Renoised(self.diffusion.diffuse(x0_BCHW.detach(), noise_BCHW, t_B), t_B, noise_BCHW)
 
     def ask(self, draft: Draft) -> list[Request]:
-        return [Denoise(compact(draft.noisy_BCHW), draft.t_B.cpu().numpy(), draft.batch.captions, self.section.guidance)]
+        return [draft.renoised.ask(draft.batch.captions, self.section.guidance)]
 
     def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
-        offline_BCHW = self.diffusion.x0(draft.noisy_BCHW, replies[0], draft.t_B)
-        online_BCHW = self.online_x0(draft)
+        offline_BCHW = self._x0(draft.renoised, replies[0])
+        online_BCHW = self._online_x0(draft)
         gradient_BCHW = score_gradient(x0_BCHW.detach(), offline_BCHW, online_BCHW)
         return self._moved(x0_BCHW, gradient_BCHW, overlap_gap(x0_BCHW.detach(), offline_BCHW, online_BCHW))
 
     @torch.no_grad()
-    def online_x0(self, draft: Draft) -> Tensor:
-        """The online model's estimate at the first draw."""
-        output_BCHW = self.online(draft.noisy_BCHW, draft.t_B, draft.batch.captions)
-        return self.diffusion.x0(draft.noisy_BCHW, output_BCHW, draft.t_B)
+    def _online_x0(self, draft: Draft) -> Tensor:
+        renoised = draft.renoised
+        return self._x0(renoised, self.online(renoised.noisy_BCHW, renoised.t_B, draft.batch.captions))
+
+    def _x0(self, renoised: Renoised, output_BCHW: Tensor) -> Tensor:
+        return self.diffusion.x0(renoised.noisy_BCHW, output_BCHW, renoised.t_B)
 
     @staticmethod
     def _moved(x0_BCHW: Tensor, gradient_BCHW: Tensor, gap: Tensor) -> Losses:
@@ -99,25 +112,20 @@ class DecoupledDmd(DiffInstruct):
         self.bounds = bounds
 
     def renoise(self, batch: Batch, x0_BCHW: Tensor, end: int) -> Draft:
-        first = super().renoise(batch, x0_BCHW, end)
+        draft = super().renoise(batch, x0_BCHW, end)
         low, high = (round(bound * self.diffusion.timesteps) for bound in (self.bounds.t_low, self.bounds.t_high))
-        second = self._diffused(batch, x0_BCHW, low, high)
-        return Draft(batch, x0_BCHW, first.noisy_BCHW, first.t_B, *second)
+        return replace(draft, augmented=self._renoised(batch, x0_BCHW, low, high))
 
     def ask(self, draft: Draft) -> list[Request]:
-        assert draft.augmented_BCHW is not None
-        assert draft.augmented_t_B is not None
+        assert draft.augmented is not None
         captions, nothing = draft.batch.captions, [""] * len(draft.batch.captions)
-        matched = Denoise(compact(draft.noisy_BCHW), draft.t_B.cpu().numpy(), captions)
-        augmented, t_B = compact(draft.augmented_BCHW), draft.augmented_t_B.cpu().numpy()
-        return [matched, Denoise(augmented, t_B, captions), Denoise(augmented, t_B, nothing)]
+        return [draft.renoised.ask(captions), draft.augmented.ask(captions), draft.augmented.ask(nothing)]
 
     def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
-        assert draft.augmented_BCHW is not None
-        assert draft.augmented_t_B is not None
-        offline_BCHW = self.diffusion.x0(draft.noisy_BCHW, replies[0], draft.t_B)
-        cond, uncond = (self.diffusion.x0(draft.augmented_BCHW, reply, draft.augmented_t_B) for reply in replies[1:])
-        online_BCHW = self.online_x0(draft)
+        assert draft.augmented is not None
+        offline_BCHW = self._x0(draft.renoised, replies[0])
+        cond, uncond = (self._x0(draft.augmented, reply) for reply in replies[1:])
+        online_BCHW = self._online_x0(draft)
         gradient_BCHW = decoupled_gradient(x0_BCHW.detach(), offline_BCHW, online_BCHW, (cond, uncond), self.section.guidance)
         return self._moved(x0_BCHW, gradient_BCHW, overlap_gap(x0_BCHW.detach(), offline_BCHW, online_BCHW))
 
@@ -135,19 +143,12 @@ class ScoreIdentity(DiffInstruct):
         return []
 
     def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
-        noise_BCHW = (draft.noisy_BCHW - self._alpha(draft) * draft.x0_BCHW.detach()) / self._sigma(draft)
-        noisy_BCHW = self.diffusion.diffuse(x0_BCHW, noise_BCHW, draft.t_B)  # the same x_t, now a function of the student
-        captions = draft.batch.captions
-        offline = self.diffusion.x0(
-            noisy_BCHW, self.offline.guided(captions, self.section.guidance)(noisy_BCHW, draft.t_B), draft.t_B
-        )
-        online = self.diffusion.x0(noisy_BCHW, self.online(noisy_BCHW, draft.t_B, captions), draft.t_B)
+        t_B, captions = draft.renoised.t_B, draft.batch.captions
+        noisy_BCHW = self.diffusion.diffuse(
+            x0_BCHW, draft.renoised.noise_BCHW, t_B
+        )  # the same x_t, now a function of the student
+        offline = self.diffusion.x0(noisy_BCHW, self.offline.guided(captions, self.section.guidance)(noisy_BCHW, t_B), t_B)
+        online = self.diffusion.x0(noisy_BCHW, self.online(noisy_BCHW, t_B, captions), t_B)
         loss = sid_loss(x0_BCHW, offline, online, self.sid.alpha)
         gap = overlap_gap(x0_BCHW.detach(), offline.detach(), online.detach())
         return {"loss": loss, "score_gradient": (offline - online).detach().square().mean().sqrt(), "gap": gap}
-
-    def _alpha(self, draft: Draft) -> Tensor:
-        return self.diffusion.coefficients(draft.t_B, draft.t_B.device)[0]
-
-    def _sigma(self, draft: Draft) -> Tensor:
-        return self.diffusion.coefficients(draft.t_B, draft.t_B.device)[1]
