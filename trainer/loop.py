@@ -42,9 +42,6 @@ class Stage(ABC):
     def export(self, folder: Path) -> None:
         """Write the stage's result, in diffusers format, under `folder`. All workers are asked, the first one's is kept."""
 
-    def close(self) -> None:  # noqa: B027  (optional hook)
-        """Release what the stage holds (requests in flight, files)."""
-
     def state_dict(self) -> dict[str, Any]:
         return {name: trainable.state_dict() for name, trainable in self.trainables.items()}
 

@@ -42,15 +42,19 @@ def steps(recipe: DistillRecipe | StyleRecipe) -> list[Step]:
 
 def offline_spec(recipe: DistillRecipe | StyleRecipe) -> TeacherSpec:
     """Who gives the offline score: the teacher, or what the recipe names instead; with the style's LoRA, which goes nowhere else."""
-    precision = recipe.compute.teacher_precision
+    teacher = _teacher(recipe)
     if isinstance(recipe, StyleRecipe):
-        return TeacherSpec(recipe.teacher, precision, recipe.style)
+        return replace(teacher, lora=recipe.style)
     offline = recipe.offline
-    return TeacherSpec((offline and offline.teacher) or recipe.teacher, precision, offline.lora if offline else None)
+    return replace(teacher, source=offline.teacher or recipe.teacher, lora=offline.lora) if offline else teacher
+
+
+def _teacher(recipe: DistillRecipe | StyleRecipe) -> TeacherSpec:
+    return TeacherSpec(recipe.teacher, recipe.compute.teacher_precision, embeddings=recipe.compute.embeddings)
 
 
 def _distill_steps(recipe: DistillRecipe) -> list[Step]:
-    teacher = TeacherSpec(recipe.teacher, recipe.compute.teacher_precision)
+    teacher = _teacher(recipe)
     found: list[Step] = []
     straightened: tuple[str, ...] = ()
     if recipe.straighten is not None:
@@ -75,7 +79,7 @@ def _distill_steps(recipe: DistillRecipe) -> list[Step]:
 
 
 def _style_steps(recipe: StyleRecipe) -> list[Step]:
-    teacher = TeacherSpec(recipe.teacher, recipe.compute.teacher_precision)
+    teacher = _teacher(recipe)
     drawn = [Step("pairs", recipe.pairs, (), teacher)] if recipe.pairs else []
     return [*drawn, Step("style", recipe.lora, tuple(step.name for step in drawn), offline_spec(recipe))]
 

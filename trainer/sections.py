@@ -57,12 +57,14 @@ class ComputeSection(Section):
     """How the numbers are computed. On a CPU `precision` must be float32 (bf16 is slower there and gains nothing).
 
     `parallel` is how several workers share a network: `ddp` keeps a copy each, `fsdp` (FSDP2) shards weights, gradients and moments.
+    `embeddings`: each process keeps those of recent prompts in memory, or all are kept on each machine's `disk`, in float16.
     """
 
     precision: Precision = "float32"
     teacher_precision: Literal["float32", "bf16", "fp16"] = "float32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
+    embeddings: Literal["memory", "disk"] = "memory"
 
 
 class DataSection(Section):

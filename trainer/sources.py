@@ -96,11 +96,22 @@ def _from_s3(source: str) -> Path:
 
 def teacher_digest(folder: Path) -> str:
     """Digest of a teacher's networks, tokenizer and scheduler; its card and logs, which lie beside their folders, do not count."""
+    return folder_digest(folder, ("*",))
+
+
+def folder_digest(folder: Path, names: tuple[str, ...]) -> str:
+    """Digest of the files in the subfolders of these names, which may be patterns."""
+    found = {path for name in names for path in folder.glob(f"{name}/**/*") if path.is_file() and ".cache" not in path.parts}
     parts = []
-    for path in sorted(p for p in folder.glob("*/**/*") if p.is_file() and ".cache" not in p.parts):
+    for path in sorted(found):
         with path.open("rb") as file:
             parts.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
     return digest(parts)
+
+
+def embeddings_folder() -> Path:
+    """Where processes of this machine keep text embeddings."""
+    return Settings().cache_dir / "embeddings"
 
 
 def latent_shape(folder: Path) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from trainer.models.conditioning import Conditioning, concatenate
 from trainer.models.lora import merge_lora
 from trainer.models.students import FeatureTap
 from trainer.models.text import TextEncoder
-from trainer.sources import load_frozen, teacher_folder
+from trainer.sources import embeddings_folder, load_frozen, teacher_folder
 from trainer.specs import TeacherSpec
 
 Array = np.ndarray
@@ -93,12 +93,18 @@ class Teacher:
     Networks compute in `dtype`; what is done with their outputs is float32.
     """
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        embeddings: Path | None = None,
+    ) -> None:
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
         self.unet: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet", dtype)
         self.unet.to(self.device, memory_format=torch.channels_last)
         self.vae: AutoencoderKL = load_frozen(AutoencoderKL, folder / "vae").to(self.device)
-        self.text = TextEncoder(folder, device, image_size(self.unet.config, self.vae.config))
+        self.text = TextEncoder(folder, device, image_size(self.unet.config, self.vae.config), embeddings)
         self.scheduler_config = DDIMScheduler.from_pretrained(folder / "scheduler").config
         self.diffusion = Diffusion(self.scheduler_config)
         self._taps: dict[tuple[str, ...], FeatureTap] = {}
@@ -106,7 +112,10 @@ class Teacher:
     @classmethod
     def load(cls, spec: TeacherSpec, device: torch.device | str = "cpu") -> Teacher:
         """The networks of a spec, on a device."""
-        teacher = cls(teacher_folder(spec.source), device, DTYPES[spec.precision])
+        kept = (
+            embeddings_folder() if spec.embeddings == "disk" and spec.lora is None else None
+        )  # a LoRA may change text encoders
+        teacher = cls(teacher_folder(spec.source), device, DTYPES[spec.precision], kept)
         if spec.straightened is not None:
             teacher.unet = load_frozen(
                 UNet2DConditionModel, stage_folder("straighten", spec.straightened) / "unet", teacher.dtype

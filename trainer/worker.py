@@ -88,7 +88,6 @@ def _work(job: StageJob) -> None:
             (result / "log.jsonl").write_bytes(curve.read_bytes())
             facts = {"stage": job.stage, "steps": stage.steps, "seconds": round(time.perf_counter() - started, 1)}
             artifacts.save(job.stage, job.digest, result, facts)
-        stage.close()
 
 
 def build_stage(job: StageJob, artifacts: Artifacts, device: torch.device) -> loop.Stage:

@@ -111,7 +111,6 @@ def test_a_grid_is_the_same_again_and_leaves_the_stage_as_it_was(contexts: dict[
     moved = sample_grid(name, stage, contexts[name])
     assert not np.array_equal(np.asarray(moved)[-32:], np.asarray(first)[-32:])  # the stage's row
     assert np.array_equal(np.asarray(moved)[:32], np.asarray(first)[:32])  # the teacher's
-    stage.close()
 
 
 def _weights(stage: Any) -> dict[str, torch.Tensor]:

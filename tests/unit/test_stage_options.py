@@ -20,6 +20,7 @@ from sdxs.settings import Settings
 from tests.models import tiny_recipe, tiny_teacher
 from trainer.loop import Stage, load_state, save_state
 from trainer.models import lora
+from trainer.models.text import TextEncoder
 from trainer.pairs import Pairs, PairsOrder, draw_pairs
 from trainer.placement import Placement
 from trainer.real_images import encode_images, encoded_images
@@ -194,6 +195,26 @@ def test_bfloat16_autocast_trains_with_float32_weights_and_x0(world: World) -> N
         assert {p.dtype for p in stage.trainables["unet"].network.parameters()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[1] != losses[0]
+
+
+def test_embeddings_kept_on_disk_are_found_again_and_change_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that finds them computes none, and goes to the last bit as the run that kept them; float16 moves the loss little."""
+    monkeypatch.setenv("SDXS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("trainer.models.embeddings.SHARD_S", 0.0)
+    in_memory = steps_of(STAGES["warmup"](world.context()), range(STEPS))
+    first: Any = STAGES["warmup"](world.context(compute={"embeddings": "disk"}))
+    lines = steps_of(first, range(STEPS))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in in_memory], rel=1e-3)
+    assert list((tmp_path / "embeddings").rglob("*.safetensors"))
+    monkeypatch.setattr(TextEncoder, "compute", None)
+    assert steps_of(STAGES["warmup"](world.context(compute={"embeddings": "disk"})), range(STEPS)) == lines
+    spec = TeacherSpec(str(world.teacher.folder), embeddings="disk")
+    known = CAPTIONS[0]
+    torch.testing.assert_close(
+        Teacher.load(spec).text.encode([known]).text_BLD, world.teacher.text.encode([known]).text_BLD, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_activation_checkpointing_changes_nothing(world: World) -> None:

@@ -70,7 +70,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         found.metrics[name] = steps_of(stage, range(stage.steps))
         found.folders[name] = folder / name
         stage.export(found.folders[name])
-        stage.close()
     return found
 
 

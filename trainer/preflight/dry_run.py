@@ -117,7 +117,6 @@ def _train(run: Distillation, step: Step, tell: Tell) -> None:
         stage.export(Path(scratch))
         (Path(scratch) / "log.jsonl").touch()
         run.artifacts.save(step.name, step.digest, Path(scratch), {"stage": step.name, "steps": stage.steps})
-    stage.close()
     tell(f"{step.name:14} {stage.steps} steps, loss {', '.join(f'{loss:.3f}' for loss in losses)}")
 
 

@@ -20,6 +20,7 @@ from trainer.models.text import TextEncoder
 from trainer.pairs import Pairs
 from trainer.placement import Deal, Placement, Turn, worker_rank
 from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.sources import embeddings_folder
 from trainer.teacher import Pending, Request, TeacherClient, image_size
 
 LAST_TIMESTEP = 999  # the single step starts here (paper: one step at t = 999, guidance 0)
@@ -69,7 +70,8 @@ class StageContext:
         """The teacher's, on this worker's device."""
         unet = UNet2DConditionModel.load_config(self.teacher_folder / "unet")
         vae = UNet2DConditionModel.load_config(self.teacher_folder / "vae")
-        return TextEncoder(self.teacher_folder, self.placement.device, image_size(unet, vae))
+        kept = embeddings_folder() if self.recipe.compute.embeddings == "disk" else None
+        return TextEncoder(self.teacher_folder, self.placement.device, image_size(unet, vae), kept)
 
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sdxs.errors import InvalidRequest
-from trainer.data import embeddings
-from trainer.data.embeddings import EmbeddingCache
+from trainer.models import embeddings
 from trainer.models.conditioning import Conditioning
+from trainer.models.embeddings import EmbeddingCache
 from trainer.sources import teacher_folder
 from trainer.teacher import Teacher
 
@@ -82,6 +82,20 @@ def test_found_on_disk_by_another_process(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(encode.batches) == 1
 
 
+def test_what_waits_for_company_is_written_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may end without notice: what it computed half a minute ago is not lost with it."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    cache = EmbeddingCache(Encoder(), "clip", tmp_path)
+    cache.encode(["a"])
+    assert not list(tmp_path.rglob("*.safetensors"))
+    now += embeddings.SHARD_S
+    cache.encode(["a"])
+    encode = Encoder()
+    EmbeddingCache(encode, "clip", tmp_path).encode(["a"])
+    assert not encode.batches
+
+
 def test_values_beyond_float16_are_refused_and_bfloat16_takes_them() -> None:
     with pytest.raises(InvalidRequest, match="float16"):
         EmbeddingCache(Encoder(scale=1e5), "clip").encode(["a"])
@@ -92,10 +106,7 @@ def test_what_is_returned_does_not_depend_on_what_is_cached() -> None:
     """Bit for bit, with a real text encoder: alone, in any company, and after eviction. And float16 changes a U-Net's output little."""
     teacher = Teacher(teacher_folder("scenes-teacher"))
 
-    def encode(captions: list[str]) -> Conditioning:
-        teacher.text._cache.clear()
-        return teacher.text.encode(captions)
-
+    encode = teacher.text.compute
     captions = ["a red circle", "a blue square above a red circle", "a green triangle", "two"]
     whole = EmbeddingCache(encode, "clip").encode(captions)
     cache = EmbeddingCache(encode, "clip", max_bytes=0)

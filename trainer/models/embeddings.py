@@ -7,9 +7,10 @@ away, and captions are encoded in batches of one size: a matrix product of anoth
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,35 +21,41 @@ from torch import Tensor
 from sdxs.errors import InvalidRequest
 from trainer.models.conditioning import Conditioning, concatenate
 
-SHARD_ROWS = 512
+SHARD_ROWS, SHARD_S = 512, 30.0  # a file has so many captions at most, and waits so long for them
 PARTS = tuple(field.name for field in fields(Conditioning))
 EXACT = "time_ids_B6"  # pixels: above 2048 float16 has not every whole number
 Encode = Callable[[list[str]], Conditioning]
 
 
+@dataclass(eq=False)
 class EmbeddingCache:
-    """`encode` with a memory. For one thread; several processes may share a folder, each adds files of its own.
+    """`compute` with a memory. For one thread; several processes may share a folder, each adds files of its own.
 
     Args:
-        encode: captions to their conditioning, rows in order.
+        compute: captions to their conditioning, rows in order, on `device`.
         key: digest of the text encoder and its tokenizer.
         folder: where embeddings are kept on disk, if they are; `flush` writes those that are not there yet.
         max_bytes: of the embeddings in memory; the least recently used go first.
-        batch: captions an `encode` call takes, padded with empty ones.
+        batch: captions a `compute` call takes, padded with empty ones.
         kept: the type in which they are kept, and to which all but the SDXL sizes are rounded.
     """
 
-    def __init__(
-        self, encode: Encode, key: str, folder: Path | None = None, max_bytes: int = 1 << 30, batch: int = 16,
-        kept: torch.dtype = torch.float16,
-    ) -> None:  # fmt: skip
-        self._encode, self.max_bytes, self.batch, self.kept = encode, max_bytes, batch, kept
+    compute: Encode
+    key: str
+    folder: Path | None = None
+    max_bytes: int = 1 << 30
+    batch: int = 16
+    kept: torch.dtype = torch.float16
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
         self.hits = self.misses = self.bytes = 0
         self._rows: OrderedDict[str, Conditioning] = OrderedDict()
-        self._disk = _Disk(folder / hashlib.sha256(f"{key}/{kept}".encode()).hexdigest()[:16]) if folder else None
+        name = hashlib.sha256(f"{self.key}/{self.kept}".encode()).hexdigest()[:16]
+        self._disk = _Disk(self.folder / name) if self.folder else None
 
     def encode(self, captions: list[str]) -> Conditioning:
-        """The conditioning of captions, rows in order, float32, on the CPU."""
+        """The conditioning of captions, rows in order, float32, on the device."""
         wanted = dict.fromkeys(captions)
         found = {caption: row for caption in wanted if (row := self._find(caption)) is not None}
         missing = [caption for caption in wanted if caption not in found]
@@ -56,6 +63,8 @@ class EmbeddingCache:
         self.hits += len(captions) - len(missing)
         for start in range(0, len(missing), self.batch):
             found |= self._computed(missing[start : start + self.batch])
+        if self._disk and self._disk.due():
+            self._disk.flush()
         return concatenate([found[caption] for caption in captions]).to(torch.float32)
 
     def flush(self) -> None:
@@ -68,19 +77,21 @@ class EmbeddingCache:
             self._rows.move_to_end(caption)
             return self._rows[caption]
         row = self._disk.get(caption) if self._disk else None
-        if row is not None:
-            self._remember(caption, row)
+        if row is None:
+            return None
+        row = row.to(self.device)
+        self._remember(caption, row)
         return row
 
     @torch.no_grad()
     def _computed(self, captions: list[str]) -> dict[str, Conditioning]:
         padded = captions + [""] * (self.batch - len(captions))
-        batch = self._rounded(self._encode(padded).to("cpu"))
+        batch = self._rounded(self.compute(padded))
         rows = {caption: _row(batch, i) for i, caption in enumerate(captions)}
         for caption, row in rows.items():
             self._remember(caption, row)
             if self._disk:
-                self._disk.add(caption, row)
+                self._disk.add(caption, row.to("cpu"))
         return rows
 
     def _rounded(self, batch: Conditioning) -> Conditioning:
@@ -107,6 +118,7 @@ class _Disk:
         self._places: dict[bytes, tuple[Path, int]] = {}
         self._mapped: dict[Path, dict[str, Tensor]] = {}
         self._pending: dict[bytes, Conditioning] = {}
+        self._since = 0.0
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 self._index(path, bytes.fromhex(file.metadata()["captions"]))
@@ -127,9 +139,15 @@ class _Disk:
         return _row(Conditioning(**self._mapped[path]), row)
 
     def add(self, caption: str, row: Conditioning) -> None:
+        if not self._pending:
+            self._since = time.monotonic()
         self._pending[_name(caption)] = row
         if len(self._pending) >= SHARD_ROWS:
             self.flush()
+
+    def due(self) -> bool:
+        """Something has waited long enough: a process may end without notice."""
+        return bool(self._pending) and time.monotonic() - self._since >= SHARD_S
 
     def flush(self) -> None:
         if not self._pending:
