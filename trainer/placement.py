@@ -63,9 +63,7 @@ class Placement:
         if self.parallel == "fsdp":
             return shard(network)
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return nn.parallel.DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def float32_output(network: nn.Module) -> None:
@@ -112,14 +110,24 @@ def syncing(module: nn.Module, last: bool) -> Iterator[None]:
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Gradients pass through the network, and leave none in its weights."""
+    _release(network)
     learning = [p for p in network.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
+        _release(network)
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _release(network: nn.Module) -> None:
+    """Let FSDP2 gather anew: weights that stay gathered keep what they were told of gradients when they were."""
+    for module in network.modules():
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
 @dataclass(frozen=True)

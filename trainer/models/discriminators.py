@@ -66,5 +66,5 @@ class MidClassifier(nn.Module):
         self.logit = nn.Linear(channels, 1)
 
     def forward(self, feature_BCHW: Tensor) -> Tensor:
-        logits_B: Tensor = self.logit(self.body(feature_BCHW).mean(dim=(2, 3))).squeeze(1)
+        logits_B: Tensor = self.logit(self.body(feature_BCHW).mean(dim=(2, 3))).sum(dim=1)  # of one; FSDP2 wants no view
         return logits_B

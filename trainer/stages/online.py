@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,6 +22,13 @@ from trainer.sections import DiffInstructSection
 from trainer.stages.context import Batch, Predictor, StageContext
 
 
+class Classified(NamedTuple):
+    """A U-Net's output, named as diffusers names it, and the classifier's."""
+
+    sample: Tensor
+    logits_B: Tensor
+
+
 class Classifying(nn.Module):
     """A U-Net with a classifier on its deepest features: one forward call for both, which data-parallel training needs."""
 
@@ -30,10 +37,9 @@ class Classifying(nn.Module):
         self.unet, self.classifier = unet, MidClassifier(unet.config["block_out_channels"][-1])
         self._tap = FeatureTap(unet, ["mid_block" if unet.mid_block is not None else "down_blocks.-1"])
 
-    def forward(self, noisy_BCHW: Tensor, t_B: Tensor, **conditioning: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, noisy_BCHW: Tensor, t_B: Tensor, **conditioning: Any) -> Classified:
         output_BCHW: Tensor = self.unet(noisy_BCHW, t_B, **conditioning).sample
-        logits_B: Tensor = self.classifier(self._tap.take()[0])
-        return output_BCHW, logits_B
+        return Classified(output_BCHW, self.classifier(self._tap.take()[0]))
 
 
 class OnlineModel:
@@ -53,7 +59,7 @@ class OnlineModel:
             self.network.to(placement.device), Schedule(section.steps * section.online_ratio, section.online_lr), betas=section.betas,
             clip=10.0, placement=placement, moments=section.online_optimizer,
         )  # fmt: skip
-        self.predict = Predictor(unet, text, placement)  # outside training: no averaging over workers
+        self.predict = Predictor(self.network, text, placement)  # outside training: no averaging over workers
 
     def losses(self, batch: Batch, x0_BCHW: Tensor) -> Losses:
         """The denoising loss on student samples over all t (Alg. 1), and DMD2's classification of them against the teacher's."""
