@@ -38,6 +38,10 @@ class Cluster:
     max_failures: int = 3
 
     @property
+    def elastic(self) -> bool:
+        return not isinstance(self.workers, int)
+
+    @property
     def most_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sdxs import registry
 from sdxs.settings import Settings
@@ -155,7 +156,9 @@ class Distillation:
                 share = Share(cluster.cpus_per_worker, gpus, cluster.threads)
                 # Joined on a GPU only: on a CPU it gains little, and without it a run repeats to the last bit.
                 limits = Limits() if gpus else Limits(max_batch=1)
-                self.pools[spec] = TeacherPool(spec, size, share, limits=limits, environment=environment)
+                self.pools[spec] = TeacherPool(
+                    spec, size, share, limits=limits, environment=environment, reserve=cluster.elastic
+                )
             return self.pools[spec]
 
     def _asks_pool(self, step: Step) -> bool:
@@ -173,7 +176,8 @@ class Distillation:
         """Where workers pin their metrics."""
         with self._lock:
             if self._board is None:
-                self._board = Board.remote()  # type: ignore[attr-defined]
+                here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may leave
+                self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
             return self._board
 
     def _draw(self, step: Step) -> None:

@@ -14,7 +14,7 @@ import ray
 START_ATTEMPTS = 3
 _TOKEN = secrets.token_hex(32)  # one a process: Ray reads it once
 _RAY = {"RAY_TRAIN_V2_ENABLED": "1"}
-_LOCAL_RAY = {
+LOCAL_RAY = {
     "RAY_AUTH_TOKEN": _TOKEN,  # whoever can reach the ports still needs it
     "RAY_worker_niceness": "0",  # the default, 15, starves training beside anything else
     "RAY_worker_maximum_startup_concurrency": "8",  # by default one process a core; a run's small actors mostly wait
@@ -33,7 +33,7 @@ def ray_session() -> Iterator[None]:
     A local one offers at least four slots: workers and teachers are one thread each and take turns, so two cores stay busy with four.
     """
     local = "RAY_ADDRESS" not in os.environ
-    with _environment(_RAY | _LOCAL_RAY if local else _RAY):
+    with _environment(_RAY | LOCAL_RAY if local else _RAY):
         where: dict[str, Any] = {"address": "local", "num_cpus": max(4, os.cpu_count() or 1)} if local else {}
         _start(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         try:

@@ -157,7 +157,8 @@ def _train(stage: loop.Stage, job: StageJob, start: int, curve: Path) -> None:
         with curve.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
         if rank == 0:
-            job.board.pin.remote(job.stage, step, stage.steps, {**metrics, "worker_pid": os.getpid()})
+            note = {**metrics, "worker_pid": os.getpid(), "workers": world_size()}
+            job.board.pin.remote(job.stage, step, stage.steps, note)
 
     def checkpoint(step: int) -> None:
         observer.picture(step)

@@ -25,6 +25,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from sdxs.errors import InvalidRequest, Overloaded, Unavailable
 from trainer.pool.joining import payload_bytes, summary
 from trainer.pool.member import load_teacher, members
+from trainer.pool.reservation import Reservation
 from trainer.specs import TeacherSpec
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ class TeacherPool:
         size: members.
         each: what a member gets.
         environment: SDXS_* variables for members, which may be on another machine.
+        reserve: tell Ray's elastic training that these places are taken.
     """
 
     def __init__(
@@ -262,12 +264,14 @@ class TeacherPool:
         *,
         limits: Limits | None = None,
         environment: dict[str, str] | None = None,
+        reserve: bool = False,
     ) -> None:
         each = each or Share()
         _check(size, each.gpus)
         self.limits = limits or Limits()
         load = partial(load_teacher, spec, each.threads, environment or {})
         self.members = members(load, size, self.limits, num_cpus=each.cpus, num_gpus=each.gpus)
+        self._reservation = Reservation({"CPU": each.cpus, "GPU": each.gpus}, size) if reserve else None
 
     def client(self) -> PoolClient:
         """A client for this process or for sending to a worker."""
@@ -282,6 +286,8 @@ class TeacherPool:
     def close(self) -> None:
         for member in self.members:
             ray.kill(member)
+        if self._reservation is not None:
+            self._reservation.cancel()
 
 
 def _check(size: int, gpus: float) -> None:

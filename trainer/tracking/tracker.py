@@ -28,7 +28,7 @@ from trainer.tracking.sinks import Sink
 from trainer.tracking.versions import versions
 
 SAMPLED = "sampled"  # the metric by which a worker says that it has left a grid for this step
-IGNORED = ("worker_pid", SAMPLED)
+IGNORED = ("worker_pid", "workers", SAMPLED)
 Row = dict[str, float]
 
 
