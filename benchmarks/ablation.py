@@ -50,7 +50,10 @@ IMAGES = {"train": 512, "heldout": 288}
 PACES = RESULTS.with_name("ablation_paces.json")
 ROUNDS, TRIAL = 5, 6  # rounds, and steps of each part a round, that tell how long one takes
 BUDGET = {"scenes": (200.0, 100.0), "emoji": (300.0, 150.0)}
-FINISH = {"batch": 32, "lr": 2e-4, "warmup": 2, "feature_weights": (1.0, 0.5, 0.5, 0.5), "latent_l2": 1.0, "ema": 0.9}
+FINISH = {
+    "batch": 32, "lr": 2e-5, "warmup": 2, "gan_weight": 0.1, "anchor": 0.0, "discriminator_lr": 2e-3,
+    "feature_weights": (1.0, 0.5, 0.5, 0.5), "latent_l2": 1.0, "ema": 0.9,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "Decoupled DMD": {"decoupled": {}, "guidance": 2.5},
     "DMD2's latent GAN": {"latent_gan": {}},
