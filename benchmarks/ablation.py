@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablation scenes          trains what is missing; hours
     python -m benchmarks.ablation emoji
+    python -m benchmarks.ablation emoji --trained     from the recipe's own warm-up, which is trained first where it is not there
     python -m benchmarks.ablation --table         writes docs/ablation.md from the results
 
 All rows get the same CPU seconds of one thread, teacher included: `first` for the warm-up and `second` for what follows it. What a step
@@ -21,6 +22,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
+from itertools import product
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -59,15 +61,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "DMD2's latent GAN": {"latent_gan": {}},
     "SiD": {"sid": {}},
 }
+TRAINED_ROWS = ["warm-up", "longer warm-up", "SDI", "SDI + finish"]
 ROWS = ["naive", "warm-up", "longer warm-up", "DI only", "SDI", "SDI + finish", *(f"SDI, {name}" for name in OPTIONS)]
 
 
 @dataclass
 class Ablation:
-    """One world's shared inputs, and the rows of a seed."""
+    """One world's shared inputs, and the rows of a seed. `trained`: all seeds start from the recipe's own warm-up."""
 
     world: str
     folder: Path
+    trained: bool = False
     recipe: DistillRecipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,10 +81,11 @@ class Ablation:
         assert isinstance(loaded, DistillRecipe)
         self.recipe, settings = loaded, Settings()
         self.teacher, self.judge = Teacher(teacher_folder(loaded.teacher)), embedded_judge(self.world)
-        digests = _shared(loaded, settings)
+        digests = _shared(loaded, settings, self.trained)
         artifacts = open_artifacts(settings)
         self.generators = Generators(self.teacher, artifacts.fetch("decoder", digests["decoder"]), loaded.evaluation)
         self.distilled = artifacts.fetch("unet", digests["unet"])
+        self.recipes_own = artifacts.fetch("warmup", digests["warmup"]) if self.trained else None
         drawn = [artifacts.fetch(name, digests[name]) for name in ("pairs", "compositions") if name in digests]
         self.pairs = reduce(add, (Pairs.load(folder) for folder in drawn))
 
@@ -90,14 +95,16 @@ class Ablation:
         if name == "naive":
             return self.scores(self.distilled)
         if name == "warm-up":
-            return self.warm(seed) | self.scores(self._kept("warm-up", seed))
+            return self._warmed(seed) | self.scores(self._start(seed))
         with tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch)
-            if name in ("longer warm-up", "DI only"):
+            if name == "longer warm-up" and self.trained:
+                found = self._train(name, seed, second, self._start(seed), target)
+            elif name in ("longer warm-up", "DI only"):
                 found = self._train(name, seed, first + second, self.distilled, target)
             else:
-                self.warm(seed)
-                start = self._kept("warm-up", seed)
+                self._warmed(seed)
+                start = self._start(seed)
                 found = (
                     self._finished(seed, start, second, target)
                     if name == "SDI + finish"
@@ -117,12 +124,15 @@ class Ablation:
         data = self.recipe.diff_instruct.model_dump() | levers
         return "diff_instruct", {"diff_instruct": type(self.recipe.diff_instruct).model_validate(data)}
 
-    def _kept(self, name: str, seed: int) -> Path:
-        return self.folder / self.world / f"{name}-{seed}"
+    def _start(self, seed: int) -> Path:
+        """What comes after the warm-up begins here."""
+        return self.recipes_own or self.folder / self.world / f"warm-up-{seed}"
 
-    def warm(self, seed: int) -> dict[str, Any]:
+    def _warmed(self, seed: int) -> dict[str, Any]:
         """The seed's warm-up, trained once."""
-        done = self._kept("warm-up", seed) / "done.json"
+        if self.trained:
+            return {}
+        done = self._start(seed) / "done.json"
         if not done.exists():
             found = self._train("warm-up", seed, BUDGET[self.world][0], self.distilled, done.parent)
             done.write_text(json.dumps(found))
@@ -194,9 +204,9 @@ def _seconds(stage: Stage, steps: range) -> float:
     return time.process_time() - start
 
 
-def _shared(recipe: DistillRecipe, settings: Settings) -> dict[str, str]:
+def _shared(recipe: DistillRecipe, settings: Settings, trained: bool) -> dict[str, str]:
     """Digests of what all rows share, trained now where the store does not have it."""
-    alone = recipe.model_copy(update={"warmup": None, "diff_instruct": None, "finish": None})
+    alone = recipe.model_copy(update=dict.fromkeys(["diff_instruct", "finish", *([] if trained else ["warmup"])]))
     distillation = Distillation(alone, settings, Cluster(teachers=2), lambda *_: None)
     plan = distillation.plan()
     if any(distillation.artifacts.facts(step.name, step.digest) is None for step in plan):
@@ -211,11 +221,15 @@ def machine() -> str:
     return f"{model.partition(': ')[2] or platform.machine()}, one thread, torch {torch.__version__}"
 
 
-def run(world: str, seeds: int, rows: list[str], folder: Path) -> None:
+def section(world: str, trained: bool) -> str:
+    """What the results of a world are called."""
+    return f"{world}, the recipe's warm-up" if trained else world
+
+
+def run(ablation: Ablation, seeds: int, rows: list[str]) -> None:
     """All rows of all seeds that are not there yet."""
-    lines = read()
+    lines, world = read(), section(ablation.world, ablation.trained)
     done = {(line["world"], line["row"], line["seed"]) for line in lines}
-    ablation = Ablation(world, folder)
     for seed in range(1, seeds + 1):
         for name in rows:
             if (world, name, seed) in done:
@@ -237,14 +251,18 @@ MEASURES = ("train_top1", "train_frechet", "heldout_top1", "heldout_frechet")
 def table(lines: list[dict[str, Any]]) -> str:
     """Mean and spread (largest less smallest, halved) over seeds, a section for each world."""
     parts = []
-    for world, (first, second) in BUDGET.items():
+    for world, trained in product(BUDGET, (False, True)):
+        (first, second), name = BUDGET[world], section(world, trained)
         groups = defaultdict(list)
         for line in lines:
-            if line["world"] == world:
+            if line["world"] == name:
                 groups[line["row"]].append(line)
+        if not groups:
+            continue
         head = "| row | seeds | steps | top-1 | Frechet | top-1, held out | Frechet, held out |\n|---|---|---|---|---|---|---|"
-        body = [_table_row(name, groups[name]) for name in ROWS if name in groups]
-        parts.append(f"## {world}: {first:.0f} + {second:.0f} CPU seconds\n\n{head}\n" + "\n".join(body))
+        body = [_table_row(row, groups[row]) for row in ROWS if row in groups]
+        time = f"{second:.0f}" if trained else f"{first:.0f} + {second:.0f}"
+        parts.append(f"## {name}: {time} CPU seconds\n\n{head}\n" + "\n".join(body))
     return "\n\n".join(parts)
 
 
@@ -262,15 +280,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", nargs="?", choices=list(BUDGET))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", nargs="*", default=ROWS, choices=ROWS)
+    parser.add_argument("--rows", nargs="*", choices=ROWS)
     parser.add_argument("--folder", type=Path, default=Path("out/ablation"), help="keeps each seed's warm-up")
+    parser.add_argument("--trained", action="store_true", help="start all seeds from the recipe's own warm-up")
     parser.add_argument("--table", action="store_true", help="write docs/ablation.md and end")
     chosen = parser.parse_args()
     if chosen.table:
         text = TABLE.read_text() if TABLE.exists() else "# Ablation\n\n<!-- table -->\n"
         TABLE.write_text(text.partition("<!-- table -->")[0] + "<!-- table -->\n\n" + table(read()) + "\n")
     else:
-        run(chosen.world, chosen.seeds, chosen.rows, chosen.folder)
+        rows = chosen.rows or (TRAINED_ROWS if chosen.trained else ROWS)
+        run(Ablation(chosen.world, chosen.folder, chosen.trained), chosen.seeds, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from trainer.sections import LoraSection, PairsSection, Section
 from trainer.sources import teacher_digest, teacher_folder
 from trainer.specs import TeacherSpec
 
-REVISION = 2  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
+REVISION = 3  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
 DRAWN = ("samples", "pairs", "compositions")
 
 

@@ -251,12 +251,13 @@ class DiffInstructSection(MatchingSection):
 
 class FinishSection(MatchingSection):
     """The GAN finish on a LoRA of an extremely low rank. Projected-GAN heads (as in StyleGAN-T, ADD) on the features of `encoder`; real are
-    the teacher's samples. `anchor` weighs eq. 10's distance to them beside the `gan_weight` of the heads."""
+    the teacher's samples. `anchor` weighs eq. 10's distance to them beside the `gan_weight` of the heads: a heavy one undoes what
+    Diff-Instruct did."""
 
     lora_rank: int = Field(default=1, gt=0)
-    gan_weight: float = Field(default=0.1, gt=0)
-    anchor: float = Field(default=1.0, ge=0)
-    discriminator_lr: float = Field(default=2e-4, gt=0)
+    gan_weight: float = Field(default=1.0, gt=0)
+    anchor: float = Field(default=0.1, ge=0)
+    discriminator_lr: float = Field(default=2e-3, gt=0)
     discriminator_width: int = Field(default=64, gt=0)
 
 
