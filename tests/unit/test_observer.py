@@ -131,3 +131,18 @@ def test_grids_lie_beside_the_result_and_are_few(
     assert len(stored) == len(pinned) == GRIDS
     assert pinned[-1] == (100_000, {SAMPLED: 1.0})
     assert stored[0].endswith("005000.png")
+
+
+def test_a_picture_is_not_worth_a_run(
+    contexts: dict[str, StageContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    stage: Any = STAGES["unet"](contexts["unet"])
+    notes: list[int] = []
+    artifacts = open_artifacts(Settings(store_url=f"file://{tmp_path}", cache_dir=tmp_path))
+    monkeypatch.setattr(type(artifacts), "put_part", full)
+    Observer(job("unet", None), stage, artifacts, lambda step, _: notes.append(step)).picture(stage.steps)
+    assert notes == []
+    assert "no sample grid of stage unet at step 2" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from trainer.teacher import Array, Pending, Request, TeacherClient
 from trainer.tracking.samples import sample_grid
 from trainer.tracking.tracker import SAMPLED
 
+LOG = logging.getLogger(__name__)
 GRIDS = 20  # at most so many a stage
 
 
@@ -71,11 +73,17 @@ class Observer:
         return found
 
     def picture(self, step: int) -> None:
-        """Leave a grid in the store beside the stage's result, and say so. All workers must ask together."""
+        """Leave a grid in the store beside the stage's result, and say so. All workers must ask together. One that fails is logged."""
         stage: Stage = self.stage
         every = max(1, -(-stage.steps // self.job.cluster.checkpoint_every // GRIDS)) * self.job.cluster.checkpoint_every
         if step % every and step != stage.steps:
             return
+        try:
+            self._leave(step, stage)
+        except Exception:
+            LOG.exception("no sample grid of stage %s at step %d; training goes on", self.job.stage, step)
+
+    def _leave(self, step: int, stage: Stage) -> None:
         image = sample_grid(self.job.stage, stage, self.stage.context)
         if image is None:
             return
