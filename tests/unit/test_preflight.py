@@ -157,6 +157,16 @@ def test_prompts_that_are_not_there(teachers: Path, tmp_path: Path, text: str | 
     check(parse(recipe(teachers, world=None, data={"prompts": f"{tmp_path}/*.txt"})), GPU, Settings(), "mine.toml")  # type: ignore[arg-type]
 
 
+def test_real_images_that_are_not_there(teachers: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    data = recipe(teachers, unet__images={"images": str(photos), "size": 64})
+    error = refused(data)
+    assert error.field == "unet.images.images" and "photos" in str(error)
+    photos.mkdir()
+    (photos / "1.png").write_bytes(b"not looked at here")
+    check(parse(data), GPU, Settings(), "mine.toml")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("changes", "cluster", "field"),
     [

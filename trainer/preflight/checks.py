@@ -24,7 +24,7 @@ from trainer.models import lora
 from trainer.models.features import check_encoder
 from trainer.models.students import shrink
 from trainer.plan import offline_spec
-from trainer.preflight.given import Recipe, absent, check_prompts
+from trainer.preflight.given import Recipe, absent, check_images, check_prompts, images_of
 from trainer.preflight.shapes import TeacherShapes, build, feature_maps, read_shapes, teacher_shapes
 from trainer.recipe import DistillRecipe, StyleRecipe
 from trainer.sections import DiffInstructSection, LoraSection, MatchingSection, Optimisation, PairsSection
@@ -54,6 +54,9 @@ def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fe
         missing = [] if fetch else [field for field, _ in absent(recipe)]
         if recipe.data is not None and "data.prompts" not in missing:
             check_prompts(recipe.data)
+        images = images_of(recipe)
+        if images is not None and "unet.images.images" not in missing:
+            check_images(images)
         if isinstance(recipe, StyleRecipe):
             _base(recipe, teacher, settings, fetch)
         else:

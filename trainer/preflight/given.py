@@ -13,12 +13,23 @@ Recipe = DistillRecipe | StyleRecipe
 
 def absent(recipe: Recipe) -> list[tuple[str, str]]:
     """Files that a recipe names and that are not here: (field, path)."""
-    prompts = "" if recipe.data is None or recipe.data.prompts.startswith("s3://") else recipe.data.prompts
-    found = [("data.prompts", prompts)] if prompts and not _files(prompts) else []
+    named = {"data.prompts": recipe.data and recipe.data.prompts, "unet.images.images": images_of(recipe)}
+    found = [(field, path) for field, path in named.items() if path and not path.startswith("s3://") and not _files(path)]
     style = recipe.style if isinstance(recipe, StyleRecipe) else recipe.offline.lora if recipe.offline else None
     if style is not None and not Path(style.path).exists():
         found.append(("style.path" if isinstance(recipe, StyleRecipe) else "offline.lora.path", style.path))
     return found
+
+
+def images_of(recipe: Recipe) -> str | None:
+    """Where the real images are that a recipe distils on, if it does."""
+    return recipe.unet.images.images if isinstance(recipe, DistillRecipe) and recipe.unet.images else None
+
+
+def check_images(images: str) -> None:
+    """There are files. What is in each is checked when they are read."""
+    if not images.startswith("s3://") and not _files(images):
+        raise InvalidRequest("unet.images.images", images, "a folder, file or glob that is there and not empty")
 
 
 def check_prompts(data: DataSection) -> None:
