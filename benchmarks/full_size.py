@@ -31,11 +31,12 @@ from trainer.pairs import Pairs
 from trainer.placement import Placement
 from trainer.recipe import DistillRecipe
 from trainer.sources import hush, latent_shape
+from trainer.specs import TeacherSpec
 from trainer.stages.context import StageContext
 from trainer.stages.diff_instruct import DiffInstructStage
 from trainer.stages.unet import UNetStage
 from trainer.stages.warmup import WarmupStage
-from trainer.teacher import Array, Request, Teacher, TeacherSpec
+from trainer.teacher import Array, Request, Teacher
 
 RESULTS = Path(__file__).parent / "results" / "full_size.jsonl"
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # bfloat16, dense, from the data sheets

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from benchmarks.machine import machine, write
 from trainer.models.students import FeatureTap, feature_names, shrink
-from trainer.pool.client import Limits, TeacherPool
+from trainer.pool.client import Limits, Share, TeacherPool
 from trainer.session import ray_session
+from trainer.specs import TeacherSpec
 from trainer.teacher import Denoise, InProcessTeacher, Teacher
 
 SOURCE = Path(__file__).parents[1] / "trainer" / "assets" / "emoji" / "teacher"
@@ -63,11 +64,11 @@ ARMS = [
 class Worker:
     """One training process with a student, an online model and a teacher of its own; each arm uses what it needs."""
 
-    def __init__(self, pools: dict[str, Any]) -> None:
+    def __init__(self, pools: dict[str | None, Any]) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         own = Teacher(SOURCE)
-        self.teachers = {None: InProcessTeacher(own), **pools}
+        self.teachers: dict[str | None, Any] = {None: InProcessTeacher(own), **pools}
         self.student = shrink(own.unet).to(memory_format=torch.channels_last)
         self.online: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(SOURCE / "unet")
         self.teacher_names, student_names = feature_names(self.student)
@@ -136,8 +137,8 @@ def measure(rounds: int, seconds: float) -> list[dict[str, Any]]:
 
     with ray_session():
         pools = {
-            "one": TeacherPool(SOURCE, 1, cpus=0, limits=Limits(max_batch=1)),
-            "joining": TeacherPool(SOURCE, 1, cpus=0, limits=Limits(max_batch=64)),
+            "one": TeacherPool(TeacherSpec(str(SOURCE)), 1, Share(cpus=0), limits=Limits(max_batch=1)),
+            "joining": TeacherPool(TeacherSpec(str(SOURCE)), 1, Share(cpus=0), limits=Limits(max_batch=64)),
         }
         actor: Any = ray.remote(num_cpus=0)(Worker)
         workers = [actor.remote({name: pool.client() for name, pool in pools.items()}) for _ in range(2)]

@@ -52,7 +52,7 @@ class Echo:
         key = (type(rows), rows.dtype, len(rows), request.featured)
         if key not in self.replies:
             zeros = torch.zeros if isinstance(rows, torch.Tensor) else np.zeros
-            self.replies[key] = [zeros((len(rows), *shape), dtype=rows.dtype) for shape in shapes]  # type: ignore[operator]
+            self.replies[key] = [zeros((len(rows), *shape), dtype=rows.dtype) for shape in shapes]
         return self.replies[key]
 
 
