@@ -8,6 +8,7 @@ matrix; device and network speeds are assumptions, named in the table's text.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     before, _, rest = DOCUMENT.read_text(encoding="utf8").partition(BEGIN)
     _, _, after = rest.partition(END)
     made = f"{BEGIN}\n\n{table()}\n\n![Pool over in-worker]({DOCUMENT.stem}.png)\n\n{added()}\n\n{END}"

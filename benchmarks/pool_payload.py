@@ -9,6 +9,7 @@ distillation six features. Writes benchmarks/results/pool_payload.jsonl.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -105,7 +106,9 @@ def nbytes(blob: Blob, *, features: bool) -> int:
 
 def main() -> None:
     """Two Rays, one after the other: Ray reads its limits once a process."""
-    if sys.argv[1:] == ["--round-trips"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--round-trips", action="store_true", help="of one Ray, as JSON")
+    if parser.parse_args().round_trips:
         print(json.dumps(round_trips()))
         return
     lines = []
