@@ -56,6 +56,8 @@ class Manifest(BaseModel):
     max_prompt_tokens: int = Field(gt=0)
     dtype: str
     one_step: OneStepConstants
+    controlnets: dict[str, tuple[str, ...]] = {}
+    """Of each ControlNet the control types it was trained for; none: it says of none, and takes any."""
     files: dict[str, FileEntry]
     recipe_hash: str = ""
     metrics: dict[str, float] = {}
@@ -72,10 +74,11 @@ class Manifest(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_before_sdxl(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the pooled width where there is none: such manifests keep their digests, and older versions read them."""
+        """Without what a bundle does not have: such manifests keep their digests, and older versions read them."""
         data: dict[str, Any] = handler(self)
-        if not self.pooled_width:
-            data.pop("pooled_width", None)
+        for name in ("pooled_width", "controlnets"):
+            if not data.get(name):
+                data.pop(name, None)
         return data
 
     @property
@@ -110,10 +113,33 @@ class Manifest(BaseModel):
                 **_text_facts(folder, unet),
                 dtype=_dtype(folder),
                 one_step=probe_folder(folder),
+                controlnets={name: control_types(place) for name, place in controlnet_folders(folder).items()},
                 **facts,
             )
         except KeyError as error:
             raise CorruptArtifact(f"{error.args[0]!r} is missing in the configuration files of {folder.name!r}") from error
+
+
+CONTROL_TYPES = "control_types.json"
+
+
+def controlnet_folders(folder: Path) -> dict[str, Path]:
+    """The ControlNets of a model folder, by name: those in `controlnet/<name>/`; or `controlnet/` itself, diffusers' own layout, which is
+    called "controlnet"."""
+    place = folder / "controlnet"
+    if (place / "config.json").is_file():
+        return {"controlnet": place}
+    return {path.parent.name: path.parent for path in sorted(place.glob("*/config.json"))}
+
+
+def control_types(folder: Path) -> tuple[str, ...]:
+    """The control types that a ControlNet's folder says it knows. Raises CorruptArtifact when what it says is no list of names."""
+    if not (folder / CONTROL_TYPES).is_file():
+        return ()
+    found: Any = read_config(folder, CONTROL_TYPES)
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CorruptArtifact(f"{CONTROL_TYPES} of ControlNet {folder.name!r} is not a list of names")
+    return tuple(found)
 
 
 def _accepted(name: str) -> bool:

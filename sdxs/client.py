@@ -9,7 +9,8 @@ Every error is an SdxsError of the class the server raised (sdxs.rpc).
 import asyncio
 import io
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -19,8 +20,9 @@ import PIL.Image
 from google.protobuf.message import Message
 
 from sdxs import rpc
+from sdxs.control import Control
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from sdxs.v1 import decoder_pb2, gateway_pb2
+from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
 _SERVICE = "sdxs.v1.GatewayService"
@@ -43,6 +45,11 @@ class Options(TypedDict, total=False):
     format: str
     """jpeg (default), png, webp or raw."""
     deterministic: bool
+    controls: Sequence[Control]
+    """Images that the result follows."""
+    init_image: bytes
+    """A file to start from, with `strength`."""
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -235,16 +242,23 @@ def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
     """The message. Raises InvalidRequest for a value the wire cannot carry; whether it makes sense is the server's to say."""
     message = gateway_pb2.GenerateRequest()
     fields: dict[str, Any] = {"prompt": prompt, **options}
+    for i, control in enumerate(fields.pop("controls", ())):
+        _fill(message.controls.add(), asdict(control), f"controls[{i}].")
     if "format" in options:
         fields["format"] = _format(options["format"])
+    _fill(message, fields)
+    return message
+
+
+def _fill(message: gateway_pb2.GenerateRequest | control_pb2.Control, fields: dict[str, Any], prefix: str = "") -> None:
+    """Raises InvalidRequest that names the field, after `prefix`."""
     for name, value in fields.items():
         if value is None:
             continue
         try:
             setattr(message, name, value)
         except (TypeError, ValueError):
-            raise InvalidRequest(name, value, "a value of the type and range of gateway.proto") from None
-    return message
+            raise InvalidRequest(prefix + name, value, "a value of the type and range of gateway.proto") from None
 
 
 def _format(name: str) -> int:

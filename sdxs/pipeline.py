@@ -1,25 +1,42 @@
-"""Text to images in this process: the same three stages that the replicas host, called one after the other."""
+"""Text, and images that steer, to images in this process: the same stages that the replicas host, called one after the other."""
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from sdxs import registry
 from sdxs.bundle import Manifest
-from sdxs.errors import InvalidRequest
+from sdxs.control import Control, check_scale, fit, map_of, read_image
+from sdxs.errors import InvalidRequest, PreconditionFailed
+from sdxs.image_to_image import Init, check_strength
 from sdxs.noise import image_seeds, latent_noise
+from sdxs.prompts import Prompts
+from sdxs.residuals import Residuals
 from sdxs.settings import Settings
-from sdxs.stages import Decoder, TextEncoder, UNet
+from sdxs.stages import ControlNets, Decoder, Encoder, TextEncoder, UNet
 
 
 class OneStepPipeline:
     """`OneStepPipeline.from_bundle("emoji")("red apple", seed=7)[0].save("apple.png")`."""
 
-    def __init__(self, manifest: Manifest, text_encoder: TextEncoder, unet: UNet, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        text_encoder: TextEncoder,
+        unet: UNet,
+        decoder: Decoder,
+        controlnets: ControlNets | None = None,
+        encoder: Callable[[], Encoder] | None = None,
+    ) -> None:
         self.manifest, self.text_encoder, self.unet, self.decoder = manifest, text_encoder, unet, decoder
+        self.controlnets, self._encoder = controlnets, functools.cache(encoder or _no_encoder)
 
     @classmethod
     def from_bundle(cls, reference: str | Path = "emoji", settings: Settings | None = None) -> OneStepPipeline:
@@ -31,23 +48,84 @@ class OneStepPipeline:
             TextEncoder.from_bundle(folder, settings),
             UNet.from_bundle(folder, settings),
             Decoder.from_bundle(folder, settings),
+            ControlNets.from_bundle(folder, settings) if manifest.controlnets else None,
+            lambda: Encoder.from_bundle(folder, settings),
         )
 
-    def __call__(self, prompt: str | list[str], seed: int = 0, n: int = 1) -> list[Image.Image]:
+    def __call__(
+        self,
+        prompt: str | list[str],
+        seed: int = 0,
+        n: int = 1,
+        controls: Sequence[Control] = (),
+        init_image: bytes = b"",
+        strength: float = 1.0,
+    ) -> list[Image.Image]:
         """`n` images of each prompt. Image i of a prompt has seed + i, and is computed alone: the same bits whatever `n` is.
 
+        Args:
+            controls: images that each result follows; what several add to the U-Net is summed.
+            init_image: a file to start from; then `strength` says how far to go from it, from 0 (exclusive) to 1 (all the way).
+
         Raises:
-            InvalidRequest: prompt, seed or n is out of range; names the field.
+            InvalidRequest: something is out of range or cannot be read; names the field.
+            PreconditionFailed: the model has no image encoder, or a preprocessor is not installed.
         """
         if n < 1:
             raise InvalidRequest("n", n, "1 or more")
+        conditions = [self._condition(control, f"controls[{i}]") for i, control in enumerate(controls)]
+        init = self._init(init_image, strength)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        return [Image.fromarray(self.generate(text, one)) for text in prompts for one in image_seeds(seed, n)]
+        return [Image.fromarray(self._paint(text, one, conditions, init)) for text in prompts for one in image_seeds(seed, n)]
 
     def generate(self, prompt: str, seed: int) -> np.ndarray:
-        """One image, uint8 (H, W, 3)."""
+        """One image of a prompt alone, uint8 (H, W, 3)."""
+        return self._paint(prompt, seed, [], None)
+
+    def _condition(self, control: Control, field: str) -> _Condition:
+        """Raises InvalidRequest that names the part of `field` at fault."""
+        if self.controlnets is None:
+            raise InvalidRequest(field, control.type or control.controlnet, "none: this model has no ControlNet")
+        check_scale(control.scale, field)
+        name = self.controlnets.pick(control, field)
+        map_HWC = map_of(control, self.manifest.image_size, field)
+        return _Condition(name, map_HWC[None], self.controlnets.weights(control)[None])
+
+    def _init(self, init_image: bytes, strength: float) -> Init | None:
+        check_strength(strength)
+        if not init_image:
+            return None
+        size = self.manifest.image_size
+        return Init(self._encoder().encode(fit(read_image(init_image, "init_image"), size, size)[None])[0], strength)
+
+    def _paint(self, prompt: str, seed: int, conditions: Sequence[_Condition], init: Init | None) -> np.ndarray:
         self.text_encoder.check(prompt)
-        noise_BCHW = latent_noise(seed, self.unet.latent_shape)[None]
-        latent_BCHW = self.unet.denoise(noise_BCHW, self.text_encoder.encode([prompt]))
+        noise_BCHW, text = latent_noise(seed, self.unet.latent_shape)[None], self.text_encoder.encode([prompt])
+        added = self._residuals(noise_BCHW, text, conditions, init)
+        latent_BCHW = self.unet.denoise(noise_BCHW, text, added, [init])
         image: np.ndarray = self.decoder.decode(latent_BCHW)[0]
         return image
+
+    def _residuals(
+        self, noise_BCHW: np.ndarray, text: Prompts, conditions: Sequence[_Condition], init: Init | None
+    ) -> Residuals | None:
+        """The sum of what the controls add, in their order."""
+        if not conditions:
+            return None
+        assert self.controlnets is not None
+        found = [
+            self.controlnets.residuals(noise_BCHW, text, one.map_BHWC, one.name, one.weights_BR, [init]) for one in conditions
+        ]
+        return functools.reduce(operator.add, found)
+
+
+class _Condition(NamedTuple):
+    """A control that has been read: whose it is, its map, and how strongly each residual counts."""
+
+    name: str
+    map_BHWC: np.ndarray
+    weights_BR: np.ndarray
+
+
+def _no_encoder() -> Encoder:
+    raise PreconditionFailed("image to image: this pipeline has no image encoder")

@@ -189,6 +189,22 @@ def open_model(reference: str | Path, settings: Settings) -> tuple[Path, Manifes
     return _open_name(reference, settings)
 
 
+def read_manifest(reference: str, settings: Settings) -> Manifest:
+    """What `open_model` would give, without downloading or checking any other file. Raises as it does."""
+    if reference.startswith("s3://"):
+        return bundle.parse(open_url(reference, settings).get_bytes(MANIFEST))
+    if _DIGEST.fullmatch(reference):
+        if not any(bundle.facts(folder).digest.startswith(reference) for folder in packaged().values()):
+            store = open_store(settings)
+            return _published(whole_digest(reference, store), store)
+    elif _NAME.fullmatch(reference):
+        name, pointer = split_reference(reference)
+        store = open_store(settings)
+        if pointer != PACKAGED and (moves := history(name, pointer, store)):
+            return _published(current(moves).digest, store)
+    return open_model(reference, settings)[1]
+
+
 def download(digest: str, store: ObjectStore, cache: Path) -> tuple[Path, Manifest]:
     """A published bundle as a folder in `cache`, checked file by file; appears whole or not at all."""
     digest = whole_digest(digest, store)

@@ -5,16 +5,20 @@ Arrays go in and come out: B images, C latent channels, H x W elements or pixels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from sdxs import bundle
-from sdxs.errors import CorruptArtifact, InvalidRequest
+from sdxs import bundle, control
+from sdxs.control import Control
+from sdxs.errors import CorruptArtifact, InvalidRequest, PreconditionFailed
+from sdxs.image_to_image import Entry, Init, Levels, enter, no_levels
 from sdxs.prompts import Prompts
+from sdxs.residuals import Residuals
 from sdxs.settings import Settings
 
 if TYPE_CHECKING:
@@ -92,8 +96,8 @@ class TextEncoder:
 class UNet:
     """One evaluation of the student, from unit noise to x0."""
 
-    def __init__(self, network: Any, manifest: bundle.Manifest) -> None:
-        self.network, self.constants = network, manifest.one_step
+    def __init__(self, network: Any, manifest: bundle.Manifest, levels: Callable[[], Levels] = no_levels) -> None:
+        self.network, self.constants, self.levels = network, manifest.one_step, functools.cache(levels)
         self.latent_shape = manifest.latent_shape
         self.text_shape = (manifest.max_prompt_tokens, manifest.text_width)
         self.pooled_width = manifest.pooled_width
@@ -104,27 +108,109 @@ class UNet:
         import diffusers  # here: the text encoder's process starts without it
 
         network = _load(diffusers.UNet2DConditionModel, folder / "unet", settings)
-        return cls(network, bundle.facts(folder))
+        return cls(network, bundle.facts(folder), functools.partial(Levels.of_folder, folder))
 
     @torch.inference_mode()
-    def denoise(self, noise_BCHW: Array, prompts: Prompts) -> Array:
-        """x0 = a noise + b unet(c noise), combined in float32; returns float32 latents of the noise's shape."""
-        noise = _tensor(noise_BCHW)
-        scaled = (noise * self.constants.input_scale).contiguous(memory_format=torch.channels_last)
-        added = self._added(prompts)
-        text = _tensor(prompts.text_BLD)
-        output = self.network(scaled, self.constants.timestep, text, added_cond_kwargs=added, return_dict=False)[0].float()
-        latent = self.constants.latent_coefficient * noise + self.constants.output_coefficient * output
+    def denoise(
+        self, noise_BCHW: Array, prompts: Prompts, residuals: Residuals | None = None, inits: Sequence[Init | None] = ()
+    ) -> Array:
+        """x0 = a noise + b unet(c noise), combined in float32; returns float32 latents of the noise's shape.
+
+        Args:
+            residuals: what ControlNets add, computed from the same noise, prompts and init images.
+            inits: for each image the one it starts from, if any; none at all: none does.
+        """
+        entry = enter(noise_BCHW, self.constants, self.levels, inits)
+        told = {"added_cond_kwargs": _added(prompts, self.image_size), **_additional(residuals)}
+        output = self.network(*_entering(entry), _tensor(prompts.text_BLD), return_dict=False, **told)[0].float()
+        latent = _factor(entry.a) * _tensor(entry.base_BCHW) + _factor(entry.b) * output
         combined: Array = latent.contiguous().numpy()
         return combined
 
-    def _added(self, prompts: Prompts) -> dict[str, torch.Tensor] | None:
-        """SDXL's conditioning beside the text: pooled embeddings, and sizes that say an uncropped image of the model's own."""
-        if prompts.pooled_BD is None:
-            return None
-        size = float(self.image_size)
-        time_ids_B6 = torch.tensor([[size, size, 0.0, 0.0, size, size]]).repeat(len(prompts.pooled_BD), 1)
-        return {"text_embeds": _tensor(prompts.pooled_BD), "time_ids": time_ids_B6}
+
+def _entering(entry: Entry) -> tuple[torch.Tensor, int | torch.Tensor]:
+    """Input and timestep of the networks."""
+    timestep = entry.timestep if isinstance(entry.timestep, int) else torch.from_numpy(entry.timestep)
+    return _tensor(entry.input_BCHW).contiguous(memory_format=torch.channels_last), timestep
+
+
+def _factor(value: float | Array) -> float | torch.Tensor:
+    return _tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def _added(prompts: Prompts, image_size: int) -> dict[str, torch.Tensor] | None:
+    """SDXL's conditioning beside the text: pooled embeddings, and sizes that say an uncropped image of the model's own."""
+    if prompts.pooled_BD is None:
+        return None
+    size = float(image_size)
+    time_ids_B6 = torch.tensor([[size, size, 0.0, 0.0, size, size]]).repeat(len(prompts.pooled_BD), 1)
+    return {"text_embeds": _tensor(prompts.pooled_BD), "time_ids": time_ids_B6}
+
+
+def _additional(residuals: Residuals | None) -> dict[str, Any]:
+    """Residuals as the U-Net's keyword arguments. Without a mid stage it adds the mid residual all the same, behind its deepest block."""
+    if residuals is None:
+        return {}
+    *down, mid = (_tensor(part) for part in residuals.parts)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+class ControlNets:
+    """All ControlNets of a bundle: what their maps add to the U-Net."""
+
+    def __init__(self, networks: dict[str, Any], manifest: bundle.Manifest, levels: Callable[[], Levels] = no_levels) -> None:
+        self.networks, self.names, self.levels = networks, manifest.controlnets, functools.cache(levels)
+        self.constants, self.image_size = manifest.one_step, manifest.image_size
+
+    @classmethod
+    def from_bundle(cls, folder: Path, settings: Settings) -> ControlNets:
+        """Those of a bundle's folder. Raises CorruptArtifact."""
+        from sdxs import controlnet
+
+        torch.set_num_threads(settings.torch_threads)
+        places = bundle.controlnet_folders(folder)
+        networks = {name: controlnet.load(place).to(memory_format=torch.channels_last) for name, place in places.items()}
+        return cls(networks, bundle.facts(folder), functools.partial(Levels.of_folder, folder))
+
+    def pick(self, asked: Control, field: str) -> str:
+        """Name of the ControlNet that a control asks for. Raises InvalidRequest; see `sdxs.control.pick`."""
+        return control.pick(self.names, asked.type, asked.controlnet, field)
+
+    def weights(self, asked: Control) -> Array:
+        """How strongly each residual counts, shape (R,): the scale; in guess mode times diffusers' 0.1 to 1. Raises as `pick`."""
+        count = len(self.networks[self.pick(asked, "control")].controlnet_down_blocks) + 1
+        ladder = torch.logspace(-1, 0, count).numpy() if asked.guess else np.ones(count, np.float32)
+        weights: Array = (ladder * np.float32(asked.scale)).astype(np.float32)
+        return weights
+
+    @torch.inference_mode()
+    def residuals(
+        self,
+        noise_BCHW: Array,
+        prompts: Prompts,
+        maps_BHWC: Array,
+        name: str,
+        weights_BR: Array,
+        inits: Sequence[Init | None] = (),
+    ) -> Residuals:
+        """What one ControlNet adds for a batch.
+
+        Args:
+            noise_BCHW: where the U-Net starts, unit noise.
+            maps_BHWC: uint8, of the model's image size.
+            weights_BR: of each image and residual.
+            inits: as the U-Net's.
+        """
+        entry = enter(noise_BCHW, self.constants, self.levels, inits)
+        maps_BCHW = (torch.from_numpy(np.ascontiguousarray(maps_BHWC)).permute(0, 3, 1, 2).float() / 255).contiguous(
+            memory_format=torch.channels_last
+        )
+        down, mid = self.networks[name](
+            *_entering(entry), _tensor(prompts.text_BLD), controlnet_cond=maps_BCHW,
+            added_cond_kwargs=_added(prompts, self.image_size), return_dict=False,
+        )  # fmt: skip
+        found = Residuals(tuple(part.float().contiguous().numpy() for part in (*down, mid)))
+        return found.weighted(weights_BR)
 
 
 def _tensor(array: Array) -> torch.Tensor:
@@ -161,3 +247,32 @@ class Decoder:
     def decode(self, latent_BCHW: Array) -> Array:
         """uint8 images, shape (B, H, W, 3), scaled and rounded as diffusers' image processor does."""
         return np.rint(self.paint(latent_BCHW) * np.float32(255)).astype(np.uint8)
+
+
+class Encoder:
+    """Pixels to latents, for image to image: the other half of the decoder's network."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    @classmethod
+    def from_bundle(cls, folder: Path, settings: Settings) -> Encoder:
+        """Raises PreconditionFailed for a bundle whose autoencoder has no encoder's weights."""
+        import diffusers
+
+        kind = bundle.read_config(folder, "vae/config.json")["_class_name"]
+        if kind not in ("AutoencoderTiny", "AutoencoderKL"):
+            raise InvalidRequest("vae", kind, "AutoencoderTiny or AutoencoderKL")
+        try:
+            return cls(_load(getattr(diffusers, kind), folder / "vae", settings, ("decoder.", "post_quant_conv.")))
+        except CorruptArtifact as error:
+            raise PreconditionFailed(f"image to image: this model has no image encoder ({error})") from error
+
+    @torch.inference_mode()
+    def encode(self, image_BHWC: Array) -> Array:
+        """float32 latents, in the U-Net's scale, of uint8 images; the mean where the encoder gives a distribution."""
+        image_BCHW = torch.from_numpy(np.ascontiguousarray(image_BHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = self.network.encode(image_BCHW.contiguous(memory_format=torch.channels_last))
+        latent = found.latents if hasattr(found, "latents") else found.latent_dist.mean
+        scaled: Array = (latent.float() * self.network.config.scaling_factor).contiguous().numpy()
+        return scaled

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from sdxs.control import TYPES, Control
 from sdxs.errors import InvalidRequest
+from sdxs.image_to_image import check_strength
 from sdxs.noise import MAX_IMAGES, image_seeds
 from sdxs.settings import Settings
 
@@ -38,6 +41,21 @@ def generate(  # noqa: PLR0913  (one argument per option)
     server: Annotated[
         str | None, typer.Option(help="host:port of a gateway; without it the image is made in this process.")
     ] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option("--control", help="Image that the result follows; several are added up.")
+    ] = None,
+    control_type: Annotated[
+        list[str] | None,
+        typer.Option("--control-type", help=f"What to make of it: {', '.join(TYPES)}. One for all, or one for each --control."),
+    ] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="How strongly it counts, 0 to 2. One for all, or one each.")] = None,
+    controlnet: Annotated[
+        list[str] | None, typer.Option(help="The model's ControlNet by name, where the type does not say which.")
+    ] = None,
+    preprocessed: Annotated[bool, typer.Option("--preprocessed", help="Each --control is the map itself.")] = False,
+    guess: Annotated[bool, typer.Option("--guess", help="Deep layers follow it more than shallow ones.")] = False,
+    init_image: Annotated[Path | None, typer.Option(help="Image to start from.")] = None,
+    strength: Annotated[float, typer.Option(help="How far to go from it: near 0 stays close, 1 goes all the way.")] = 0.6,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Make images of PROMPT.
@@ -45,14 +63,22 @@ def generate(  # noqa: PLR0913  (one argument per option)
     \b
     sdxs generate "red apple" -o apple.png
     sdxs generate "thumbs up dark skin tone" -o thumb.png --seed 7 -n 4
+    sdxs generate "red apple" -o apple.png --control sketch.png --control-type sketch --scale 0.8
+    sdxs generate "green apple" -o green.png --init-image apple.png --strength 0.6
     sdxs generate "red apple" -o apple.jpg --server 127.0.0.1:8500
     """
     if output.suffix.lower() not in SUFFIXES:
         raise InvalidRequest("output", str(output), f"a file ending in {', '.join(SUFFIXES)}")
     image_seeds(seed, n)  # a wrong seed is said before torch is loaded
+    steering = Steering(
+        controls=_controls(control or [], control_type or [], scale or [], controlnet or [], preprocessed, guess),
+        init_image=_read("init_image", init_image) if init_image else b"",
+        strength=strength if init_image else 1.0,
+    )
+    check_strength(strength)
     start = time.perf_counter()
-    make = _from_server if server else _in_process
-    files = make(prompt, model, seed, n, SUFFIXES[output.suffix.lower()], server or "")
+    request = Request(prompt, model, seed, n, SUFFIXES[output.suffix.lower()], steering)
+    files = _from_server(request, server) if server else _in_process(request)
     paths = [output if n == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(n)]
     _write(paths, files)
     seconds = round(time.perf_counter() - start, 3)
@@ -62,6 +88,55 @@ def generate(  # noqa: PLR0913  (one argument per option)
         )
     else:
         typer.echo(f"{', '.join(str(p) for p in paths)} ({seconds} s)")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What steers the result beside the prompt."""
+
+    controls: list[Control]
+    init_image: bytes
+    strength: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, checked; `kind` is the format of the files."""
+
+    prompt: str
+    model: str
+    seed: int
+    n: int
+    kind: str
+    steering: Steering
+
+
+def _controls(
+    files: list[Path], types: list[str], scales: list[float], names: list[str], preprocessed: bool, guess: bool
+) -> list[Control]:
+    """One for each file; the other options are for all, or one for each. Raises InvalidRequest."""
+    given: dict[str, list[Any]] = {"control-type": types, "scale": scales, "controlnet": names}
+    for option, values in given.items():
+        if len(values) not in (0, 1, len(files)) or (values and not files):
+            raise InvalidRequest(option, values, f"one, or one for each of the {len(files)} --control")
+    if files and not types and not names:
+        raise InvalidRequest("control-type", "", f"one of {', '.join(TYPES)}; or --controlnet with --preprocessed")
+
+    def of(values: list[Any], index: int, default: Any) -> Any:
+        return default if not values else values[0] if len(values) == 1 else values[index]
+
+    return [
+        Control(_read("control", path), of(types, i, ""), of(names, i, ""), of(scales, i, 1.0), guess, preprocessed)
+        for i, path in enumerate(files)
+    ]
+
+
+def _read(option: str, path: Path) -> bytes:
+    """Raises InvalidRequest where there is no such file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(option, str(path), f"a file that can be read ({error.strerror})") from error
 
 
 def _write(paths: list[Path], files: list[bytes]) -> None:
@@ -74,7 +149,7 @@ def _write(paths: list[Path], files: list[bytes]) -> None:
             raise InvalidRequest("output", str(path), f"a file that can be written ({error.strerror})") from error
 
 
-def _in_process(prompt: str, model: str, seed: int, n: int, kind: str, _server: str) -> list[bytes]:
+def _in_process(request: Request) -> list[bytes]:
     # Said before the import of the libraries, which read it then: no network, and nothing printed beside the result.
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -83,21 +158,33 @@ def _in_process(prompt: str, model: str, seed: int, n: int, kind: str, _server: 
     from sdxs import images, registry
 
     settings = Settings()
-    folder, _ = registry.open_model(model, settings)  # and so is a model that is not there
+    folder, _ = registry.open_model(request.model, settings)  # and so is a model that is not there
     from sdxs.pipeline import OneStepPipeline
 
-    pipeline = OneStepPipeline.from_bundle(folder, settings)
-    made = pipeline(prompt, seed, n)
+    pipeline, steering = OneStepPipeline.from_bundle(folder, settings), request.steering
+    made = pipeline(request.prompt, request.seed, request.n, steering.controls, steering.init_image, steering.strength)
     name, digest = pipeline.manifest.name, pipeline.manifest.digest
-    receipts = [images.receipt(prompt, one, name, digest) for one in image_seeds(seed, n)]
+    receipts = [images.receipt(request.prompt, one, name, digest) for one in image_seeds(request.seed, request.n)]
     return [
-        images.encode(np.asarray(image), images.NAMES[kind], receipt) for image, receipt in zip(made, receipts, strict=True)
+        images.encode(np.asarray(image), images.NAMES[request.kind], receipt)
+        for image, receipt in zip(made, receipts, strict=True)
     ]
 
 
-def _from_server(prompt: str, model: str, seed: int, n: int, kind: str, server: str) -> list[bytes]:
-    from sdxs.client import Client
+def _from_server(request: Request, server: str) -> list[bytes]:
+    from sdxs.client import Client, Options
 
+    options: Options = {
+        "model": request.model,
+        "seed": request.seed,
+        "n": request.n,
+        "format": request.kind,
+        "deterministic": True,
+    }
+    steering = request.steering
+    if steering.controls:
+        options["controls"] = steering.controls
+    if steering.init_image:
+        options |= {"init_image": steering.init_image, "strength": steering.strength}
     with Client(server) as client:
-        made = client.generate(prompt, model=model, seed=seed, n=n, format=kind, deterministic=True)
-        return [image.data for image in made.images]
+        return [image.data for image in client.generate(request.prompt, **options).images]

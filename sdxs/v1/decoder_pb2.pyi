@@ -1,3 +1,4 @@
+from sdxs.v1 import tensor_pb2 as _tensor_pb2
 from sdxs.v1 import unet_pb2 as _unet_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -34,14 +35,30 @@ class DecodeRequest(_message.Message):
     def __init__(self, latent: _Optional[_Union[_unet_pb2.DenoiseResponse, _Mapping]] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., receipts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("images", "batch", "unet_batch")
+    __slots__ = ("images", "batch", "unet_batch", "controlnet_batch")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     UNET_BATCH_FIELD_NUMBER: _ClassVar[int]
+    CONTROLNET_BATCH_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
     batch: int
     unet_batch: int
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., batch: _Optional[int] = ..., unet_batch: _Optional[int] = ...) -> None: ...
+    controlnet_batch: int
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., batch: _Optional[int] = ..., unet_batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ...) -> None: ...
+
+class EncodeImageRequest(_message.Message):
+    __slots__ = ("init_image",)
+    INIT_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    init_image: bytes
+    def __init__(self, init_image: _Optional[bytes] = ...) -> None: ...
+
+class EncodeImageResponse(_message.Message):
+    __slots__ = ("latent", "model_digest")
+    LATENT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    latent: _tensor_pb2.Tensor
+    model_digest: str
+    def __init__(self, latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("data", "format", "width", "height")

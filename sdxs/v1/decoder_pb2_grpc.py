@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class DecoderServiceStub:
-    """The third stage: latents become encoded images.
+    """The third stage: latents become encoded images. The other half of the same network serves image to image.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,26 @@ class DecoderServiceStub:
                 request_serializer=sdxs_dot_v1_dot_decoder__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=sdxs_dot_v1_dot_decoder__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.EncodeImage = channel.unary_unary(
+                '/sdxs.v1.DecoderService/EncodeImage',
+                request_serializer=sdxs_dot_v1_dot_decoder__pb2.EncodeImageRequest.SerializeToString,
+                response_deserializer=sdxs_dot_v1_dot_decoder__pb2.EncodeImageResponse.FromString,
+                _registered_method=True)
 
 
 class DecoderServiceServicer:
-    """The third stage: latents become encoded images.
+    """The third stage: latents become encoded images. The other half of the same network serves image to image.
     """
 
     def Decode(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodeImage(self, request, context):
+        """INVALID_ARGUMENT names `init_image`; FAILED_PRECONDITION of a model that has no encoder.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -60,6 +72,11 @@ def add_DecoderServiceServicer_to_server(servicer, server):
                     request_deserializer=sdxs_dot_v1_dot_decoder__pb2.DecodeRequest.FromString,
                     response_serializer=sdxs_dot_v1_dot_decoder__pb2.DecodeResponse.SerializeToString,
             ),
+            'EncodeImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.EncodeImage,
+                    request_deserializer=sdxs_dot_v1_dot_decoder__pb2.EncodeImageRequest.FromString,
+                    response_serializer=sdxs_dot_v1_dot_decoder__pb2.EncodeImageResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'sdxs.v1.DecoderService', rpc_method_handlers)
@@ -69,7 +86,7 @@ def add_DecoderServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecoderService:
-    """The third stage: latents become encoded images.
+    """The third stage: latents become encoded images. The other half of the same network serves image to image.
     """
 
     @staticmethod
@@ -89,6 +106,33 @@ class DecoderService:
             '/sdxs.v1.DecoderService/Decode',
             sdxs_dot_v1_dot_decoder__pb2.DecodeRequest.SerializeToString,
             sdxs_dot_v1_dot_decoder__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sdxs.v1.DecoderService/EncodeImage',
+            sdxs_dot_v1_dot_decoder__pb2.EncodeImageRequest.SerializeToString,
+            sdxs_dot_v1_dot_decoder__pb2.EncodeImageResponse.FromString,
             options,
             channel_credentials,
             insecure,

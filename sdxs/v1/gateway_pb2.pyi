@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from sdxs.v1 import control_pb2 as _control_pb2
 from sdxs.v1 import decoder_pb2 as _decoder_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -25,7 +26,7 @@ JOB_STATE_SUCCEEDED: JobState
 JOB_STATE_FAILED: JobState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "model", "seed", "n", "width", "height", "format", "deterministic")
+    __slots__ = ("prompt", "model", "seed", "n", "width", "height", "format", "deterministic", "controls", "init_image", "strength")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +35,9 @@ class GenerateRequest(_message.Message):
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    INIT_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     model: str
     seed: int
@@ -42,7 +46,10 @@ class GenerateRequest(_message.Message):
     height: int
     format: _decoder_pb2.ImageFormat
     deterministic: bool
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ...) -> None: ...
+    controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
+    init_image: bytes
+    strength: float
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("images", "receipt")
@@ -53,7 +60,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, images: _Optional[_Iterable[_Union[_decoder_pb2.Image, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "model_digest", "prompt", "seeds", "width", "height", "unet_batch", "decoder_batch", "deterministic", "seconds")
+    __slots__ = ("model", "model_digest", "prompt", "seeds", "width", "height", "unet_batch", "decoder_batch", "deterministic", "seconds", "controlnet_batch", "controls", "init_image_sha256", "strength")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +71,10 @@ class Receipt(_message.Message):
     DECODER_BATCH_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CONTROLNET_BATCH_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    INIT_IMAGE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_digest: str
     prompt: str
@@ -74,7 +85,27 @@ class Receipt(_message.Message):
     decoder_batch: int
     deterministic: bool
     seconds: float
-    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seeds: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., deterministic: _Optional[bool] = ..., seconds: _Optional[float] = ...) -> None: ...
+    controlnet_batch: int
+    controls: _containers.RepeatedCompositeFieldContainer[AppliedControl]
+    init_image_sha256: str
+    strength: float
+    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seeds: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., deterministic: _Optional[bool] = ..., seconds: _Optional[float] = ..., controlnet_batch: _Optional[int] = ..., controls: _Optional[_Iterable[_Union[AppliedControl, _Mapping]]] = ..., init_image_sha256: _Optional[str] = ..., strength: _Optional[float] = ...) -> None: ...
+
+class AppliedControl(_message.Message):
+    __slots__ = ("controlnet", "type", "scale", "guess", "preprocessed", "image_sha256")
+    CONTROLNET_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    GUESS_FIELD_NUMBER: _ClassVar[int]
+    PREPROCESSED_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    controlnet: str
+    type: str
+    scale: float
+    guess: bool
+    preprocessed: bool
+    image_sha256: str
+    def __init__(self, controlnet: _Optional[str] = ..., type: _Optional[str] = ..., scale: _Optional[float] = ..., guess: _Optional[bool] = ..., preprocessed: _Optional[bool] = ..., image_sha256: _Optional[str] = ...) -> None: ...
 
 class SubmitJobRequest(_message.Message):
     __slots__ = ("request", "request_id")
@@ -155,15 +186,25 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "width", "height", "max_prompt_tokens")
+    __slots__ = ("name", "digest", "width", "height", "max_prompt_tokens", "controlnets")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTROLNETS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     width: int
     height: int
     max_prompt_tokens: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ...) -> None: ...
+    controlnets: _containers.RepeatedCompositeFieldContainer[ControlNet]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., controlnets: _Optional[_Iterable[_Union[ControlNet, _Mapping]]] = ...) -> None: ...
+
+class ControlNet(_message.Message):
+    __slots__ = ("name", "types")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TYPES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    types: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., types: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -1,3 +1,4 @@
+from sdxs.v1 import control_pb2 as _control_pb2
 from sdxs.v1 import tensor_pb2 as _tensor_pb2
 from sdxs.v1 import text_encoder_pb2 as _text_encoder_pb2
 from google.protobuf.internal import containers as _containers
@@ -9,21 +10,59 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DenoiseRequest(_message.Message):
-    __slots__ = ("text", "seeds", "deterministic")
+    __slots__ = ("text", "seeds", "deterministic", "controls", "shared", "inline", "init_latent", "strength")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SEEDS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
+    INIT_LATENT_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     text: _text_encoder_pb2.EncodeResponse
     seeds: _containers.RepeatedScalarFieldContainer[int]
     deterministic: bool
-    def __init__(self, text: _Optional[_Union[_text_encoder_pb2.EncodeResponse, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., deterministic: _Optional[bool] = ...) -> None: ...
+    controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
+    shared: SharedResiduals
+    inline: InlineResiduals
+    init_latent: _tensor_pb2.Tensor
+    strength: float
+    def __init__(self, text: _Optional[_Union[_text_encoder_pb2.EncodeResponse, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., shared: _Optional[_Union[SharedResiduals, _Mapping]] = ..., inline: _Optional[_Union[InlineResiduals, _Mapping]] = ..., init_latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., strength: _Optional[float] = ...) -> None: ...
+
+class InlineResiduals(_message.Message):
+    __slots__ = ("parts",)
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    def __init__(self, parts: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ...) -> None: ...
+
+class SharedResiduals(_message.Message):
+    __slots__ = ("pid", "fd", "nonce", "offset", "shapes")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SHAPES_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    nonce: bytes
+    offset: int
+    shapes: _containers.RepeatedCompositeFieldContainer[Shape]
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., nonce: _Optional[bytes] = ..., offset: _Optional[int] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ...) -> None: ...
+
+class Shape(_message.Message):
+    __slots__ = ("sizes",)
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sizes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DenoiseResponse(_message.Message):
-    __slots__ = ("latent", "model_digest", "batch")
+    __slots__ = ("latent", "model_digest", "batch", "controlnet_batch")
     LATENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    CONTROLNET_BATCH_FIELD_NUMBER: _ClassVar[int]
     latent: _tensor_pb2.Tensor
     model_digest: str
     batch: int
-    def __init__(self, latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., batch: _Optional[int] = ...) -> None: ...
+    controlnet_batch: int
+    def __init__(self, latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ...) -> None: ...

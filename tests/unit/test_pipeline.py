@@ -122,7 +122,7 @@ def test_a_batch_is_within_one_step_of_255(pipeline: OneStepPipeline) -> None:
     [("", {}, "prompt"), (" \n", {}, "prompt"), ("apple " * 20, {}, "prompt"), ("a", {"n": 0}, "n"), ("a", {"seed": -1}, "seed"),
      ("a", {"seed": 2**64}, "seed")],
 )  # fmt: skip
-def test_bad_requests_name_the_field(pipeline: OneStepPipeline, prompt: str, options: dict[str, int], field: str) -> None:
+def test_bad_requests_name_the_field(pipeline: OneStepPipeline, prompt: str, options: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         pipeline(prompt, **options)
     assert caught.value.field == field

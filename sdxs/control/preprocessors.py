@@ -1,0 +1,83 @@
+"""Images to condition maps. Lines are white on black; every map is uint8 (size, size, 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sdxs.control.images import fit
+from sdxs.control.sketch import strokes
+from sdxs.errors import InvalidRequest, PreconditionFailed
+
+Image = np.ndarray
+CANNY = (100, 200)  # thresholds, those of the published edge ControlNets
+GRID = 8  # blocks of a colour map along a side
+ANNOTATORS = "lllyasviel/Annotators"
+
+
+def _edge(image_HWC: Image, size: int) -> Image:
+    """Canny at the model's size: a line is one pixel, as in training."""
+    import cv2
+
+    return _grey(cv2.Canny(np.ascontiguousarray(fit(image_HWC, size, size)), *CANNY))
+
+
+def _colour(image_HWC: Image, size: int) -> Image:
+    """Mean colours of 8 by 8 blocks."""
+    import cv2
+
+    blocks = cv2.resize(image_HWC, (GRID, GRID), interpolation=cv2.INTER_AREA)
+    found: Image = cv2.resize(blocks, (size, size), interpolation=cv2.INTER_NEAREST)
+    return found
+
+
+def _sketch(image_HWC: Image, size: int) -> Image:
+    return _grey(strokes(image_HWC, size))
+
+
+def _grey(map_HW: Image) -> Image:
+    return np.repeat(map_HW[..., None], 3, axis=2)
+
+
+def _annotator(kind: str, detector: str) -> Callable[[Image, int], Image]:
+    """A network of the controlnet-aux library, loaded when first asked for."""
+    loaded: list[Any] = []
+
+    def run(image_HWC: Image, size: int) -> Image:
+        if not loaded:
+            try:
+                import controlnet_aux
+            except ImportError as error:
+                raise PreconditionFailed(f'type {kind!r} needs controlnet-aux: pip install "sdxs[annotators]"') from error
+            loaded.append(getattr(controlnet_aux, detector).from_pretrained(ANNOTATORS))
+        height, width = image_HWC.shape[:2]
+        found = loaded[0](image_HWC, detect_resolution=min(512, height, width), image_resolution=size, output_type="np")
+        return fit(np.asarray(found, np.uint8), size, size)
+
+    return run
+
+
+_PREPROCESSORS: dict[str, Callable[[Image, int], Image]] = {
+    "edge": _edge,
+    "sketch": _sketch,
+    "colour": _colour,
+    "depth": _annotator("depth", "MidasDetector"),
+    "lineart": _annotator("lineart", "LineartDetector"),
+    "pose": _annotator("pose", "OpenposeDetector"),
+}
+TYPES = tuple(_PREPROCESSORS)
+"""Control types that have a preprocessor; the last three need the extra `annotators`."""
+
+
+def extract(image_HWC: Image, kind: str, size: int, field: str = "type") -> Image:
+    """The map of a control type.
+
+    Raises:
+        InvalidRequest: no such type.
+        PreconditionFailed: its library is not installed.
+    """
+    if kind not in _PREPROCESSORS:
+        raise InvalidRequest(field, kind, f"one of {', '.join(TYPES)}; or preprocessed, with the map itself as the image")
+    return _PREPROCESSORS[kind](image_HWC, size)
