@@ -10,9 +10,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from sdxs import registry
+from services.controlnet.deployment import ControlNetReplica
 from services.decoder.deployment import DecoderReplica
 from services.fabric.environment import REPLICA_ENVIRONMENT
 from services.gateway.deployment import GatewayReplica
+from services.settings import ServingSettings
 from services.text_encoder.deployment import TextEncoderReplica
 from services.unet.deployment import UNetReplica
 from services.worker.deployment import WorkerReplica
@@ -32,6 +35,9 @@ class Placement(BaseModel):
     )
     num_cpus: float = Field(0.1, ge=0, description="what Ray reserves; not a limit")
     num_gpus: float = Field(0.0, ge=0)
+    max_replicas_per_node: int | None = Field(
+        None, ge=1, description="the same for `unet` and `controlnet`: each node has both, side by side"
+    )
 
 
 class AppArgs(BaseModel):
@@ -42,17 +48,25 @@ class AppArgs(BaseModel):
     model: str = "emoji"
     text_encoder: Placement = Placement()
     unet: Placement = Placement()
+    controlnet: Placement = Placement()
+    fused_controlnet: bool = Field(
+        False, description="ControlNets inside the U-Net's replicas, in place of replicas of their own"
+    )
     decoder: Placement = Placement()
     gateway: Placement = Placement()
     worker: Placement = Placement()
 
 
 def build(args: AppArgs) -> Application:
-    """The application; with `worker.replicas` 0 there is no worker."""
+    """The application; with `worker.replicas` 0 there is no worker, and for a model without ControlNets none of theirs."""
+    has_controlnets = bool(registry.read_manifest(args.model, ServingSettings()).controlnets)
     text_encoder = _deployment("text_encoder", TextEncoderReplica, args.text_encoder).bind(args.model)
-    unet = _deployment("unet", UNetReplica, args.unet).bind(args.model)
+    unet = _deployment("unet", UNetReplica, args.unet).bind(args.model, has_controlnets and args.fused_controlnet)
     decoder = _deployment("decoder", DecoderReplica, args.decoder).bind(args.model)
-    gateway = _deployment("gateway", GatewayReplica, args.gateway).bind(args.model, text_encoder, unet, decoder)
+    stages = [text_encoder, unet, decoder]
+    if has_controlnets and not args.fused_controlnet:
+        stages.append(_deployment("controlnet", ControlNetReplica, args.controlnet).bind(args.model, unet))
+    gateway = _deployment("gateway", GatewayReplica, args.gateway).bind(args.model, *stages)
     if not args.worker.replicas:
         return gateway
     return _deployment("worker", WorkerReplica, args.worker).bind(gateway)
@@ -91,6 +105,7 @@ def _deployment(name: str, replica: type, placement: Placement) -> serve.Deploym
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=20.0,
+        max_replicas_per_node=placement.max_replicas_per_node,  # type: ignore[arg-type]  # None is its own default
         logging_config={"enable_access_log": False},
         **options,
     )(replica)

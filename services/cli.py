@@ -30,12 +30,16 @@ def serve(
         int | None, typer.Option(min=1, max=65535, help="Port of the gateway, in place of SDXS_GATEWAY_ADDRESS's.")
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="One process, no Ray.")] = False,
+    fused_controlnet: Annotated[
+        bool, typer.Option("--fused-controlnet", help="ControlNets inside the U-Net's replica, not one of their own.")
+    ] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve config file and end.")] = False,
 ) -> None:
     """Serve a model over gRPC until Ctrl-C or SIGTERM.
 
-    The gateway, text encoder, U-Net, decoder and job worker run as Ray Serve deployments on this machine; --local puts them
-    into one process. Redis and S3 servers are started too, unless SDXS_REDIS_URL and SDXS_STORE_URL name some.
+    The gateway, text encoder, U-Net, decoder, job worker and, for a model that has any, ControlNets run as Ray Serve deployments
+    on this machine; --local puts them into one process. Redis and S3 servers are started too, unless SDXS_REDIS_URL and
+    SDXS_STORE_URL name some.
 
     \b
     sdxs serve                                # the emoji model on 127.0.0.1:8500
@@ -44,7 +48,7 @@ def serve(
     sdxs serve --print-config > serve.yaml    # for `serve deploy` and RayService
     """
     if print_config:
-        typer.echo(serve_config(model), nl=False)
+        typer.echo(serve_config(model, fused_controlnet), nl=False)
         return
     if port is not None:
         host = ServingSettings().gateway_address.rpartition(":")[0]
@@ -54,7 +58,7 @@ def serve(
     _check_free(settings.gateway_address)
     with _stop_signals() as stop, _servers():
         run = _run_local if local else _run_on_ray
-        run(str(_open(model, settings)), ServingSettings(), stop, began)
+        run(str(_open(model, settings)), fused_controlnet, ServingSettings(), stop, began)
     _say("stopped")
 
 
@@ -66,26 +70,26 @@ def _open(model: str, before: ServingSettings) -> Path:
         return registry.open_model(model, ServingSettings())[0]
 
 
-def _run_local(model: str, settings: ServingSettings, stop: threading.Event, began: float) -> None:
+def _run_local(model: str, fused: bool, settings: ServingSettings, stop: threading.Event, began: float) -> None:
     """All in this process."""
     from services.local import serve_local
 
     async def main() -> None:
-        async with serve_local(model, settings):
+        async with serve_local(model, settings, fused):
             await asyncio.to_thread(_wait_serving, settings, stop, began)
             await asyncio.to_thread(stop.wait)
 
     asyncio.run(main())
 
 
-def _run_on_ray(model: str, settings: ServingSettings, stop: threading.Event, began: float) -> None:
+def _run_on_ray(model: str, fused: bool, settings: ServingSettings, stop: threading.Event, began: float) -> None:
     """Each room in its own processes."""
     from services.cluster import application, check_application, local_cluster
 
     _say("starting Ray")
     with local_cluster():
         _say("starting the replicas")
-        with application(model):
+        with application(model, fused):
             _wait_serving(settings, stop, began, check_application)
             stop.wait()
             _say("stopping")
@@ -148,13 +152,14 @@ def _check_free(address: str) -> None:
             raise AlreadyExists(f"{address} is taken ({error.strerror}); another --port?") from None
 
 
-def serve_config(model: str) -> str:
+def serve_config(model: str, fused_controlnet: bool = False) -> str:
     """deploy/serve.yaml for that model."""
     import yaml
 
     from services.app import AppArgs, config
 
-    return "# Made by `sdxs serve --print-config`.\n" + yaml.safe_dump(config(AppArgs(model=model)), sort_keys=False)
+    args = AppArgs(model=model, fused_controlnet=fused_controlnet)
+    return "# Made by `sdxs serve --print-config`.\n" + yaml.safe_dump(config(args), sort_keys=False)
 
 
 def _say(message: str) -> None:

@@ -54,7 +54,7 @@ def local_cluster() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def application(model: str) -> Iterator[None]:
+def application(model: str, fused_controlnet: bool = False) -> Iterator[None]:
     """The Serve application on the cluster, starting; leaving the block drains and stops its replicas."""
     from ray import serve
 
@@ -63,7 +63,9 @@ def application(model: str) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when imported
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     try:
-        target = serve.RunTarget(build(AppArgs(model=model)), name=APP_NAME, route_prefix=None)
+        target = serve.RunTarget(
+            build(AppArgs(model=model, fused_controlnet=fused_controlnet)), name=APP_NAME, route_prefix=None
+        )
         serve.run_many([target], wait_for_applications_running=False)
         yield
     finally:

@@ -1,17 +1,21 @@
-"""All rooms in one process: the same services behind the same gateway, joined by function calls instead of gRPC."""
+"""All rooms in one process: the same services behind the same gateway, joined by function calls instead of gRPC.
+
+Residuals go from the ControlNet's room to the U-Net's by shared memory here too; with `fused` there is no room to go between.
+"""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from google.protobuf.descriptor import ServiceDescriptor
-
+import services.controlnet.service as controlnet
 import services.decoder.service as decoder
 import services.text_encoder.service as text_encoder
 import services.unet.service as unet
 from sdxs import registry
+from sdxs.bundle import Manifest
 from sdxs.store import open_store
+from services.controlnet.sending import Sender
 from services.fabric.endpoint import Endpoint
 from services.fabric.jobs import open_queue
 from services.fabric.peers import LocalStage
@@ -25,16 +29,16 @@ from services.worker.service import Worker
 
 
 @contextlib.asynccontextmanager
-async def serve_local(model: str, settings: ServingSettings) -> AsyncIterator[DataPlane]:
+async def serve_local(model: str, settings: ServingSettings, fused: bool = False) -> AsyncIterator[DataPlane]:
     """A running server; leaving the block drains it. With a Redis URL in the settings there are jobs too."""
     folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
-    rooms = await asyncio.to_thread(_load, folder, manifest.digest, settings)
+    rooms, stages = await asyncio.to_thread(_load, folder, manifest, settings, fused)
     served = served_model(manifest)
-    text, denoiser, images = (LocalStage(Endpoint(descriptor, room, settings.max_in_flight)) for descriptor, room in rooms)
-    chain = Chain(text, denoiser, images, PromptCache(settings.prompt_cache_bytes))
+    text, denoiser, images, *guided = stages
+    chain = Chain(text, denoiser, images, PromptCache(settings.prompt_cache_bytes), *guided)
     service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
     endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
-    plane = DataPlane(endpoint, settings.max_message_bytes)
+    plane = DataPlane(endpoint, settings.gateway_max_message_bytes)
     await plane.start(settings.gateway_address)
     health = asyncio.create_task(keep_health(service, plane))
     try:
@@ -44,13 +48,30 @@ async def serve_local(model: str, settings: ServingSettings) -> AsyncIterator[Da
         health.cancel()
         await plane.drain(settings.drain_s)
         await service.close()
-        for _, room in rooms:
+        for room in rooms:
             room.close()
 
 
-def _load(folder: Path, model_digest: str, settings: ServingSettings) -> list[tuple[ServiceDescriptor, StageService]]:
-    """The rooms of the bundle in `folder`, in the order of the chain."""
-    return [(room.DESCRIPTOR, room.load(folder, model_digest, settings)) for room in (text_encoder, unet, decoder)]
+def _load(
+    folder: Path, manifest: Manifest, settings: ServingSettings, fused: bool
+) -> tuple[list[StageService], list[LocalStage]]:
+    """The rooms of the bundle in `folder` and their stages: text encoder, U-Net, decoder, and the ControlNets' if they have one."""
+    digest, has_controlnets = manifest.digest, bool(manifest.controlnets)
+    rooms: list[StageService] = [
+        text_encoder.load(folder, digest, settings),
+        unet.load(folder, digest, settings, has_controlnets and fused),
+        decoder.load(folder, digest, settings),
+    ]
+    descriptors = [text_encoder.DESCRIPTOR, unet.DESCRIPTOR, decoder.DESCRIPTOR]
+    stages = [
+        LocalStage(Endpoint(descriptor, room, settings.max_in_flight))
+        for descriptor, room in zip(descriptors, rooms, strict=True)
+    ]
+    if has_controlnets and not fused:
+        sender = Sender(stages[1], "", settings.handover_bytes, settings.max_message_bytes)
+        rooms.append(controlnet.load(folder, digest, settings, sender))
+        stages.append(LocalStage(Endpoint(controlnet.DESCRIPTOR, rooms[-1], settings.max_in_flight)))
+    return rooms, stages
 
 
 @contextlib.asynccontextmanager

@@ -21,8 +21,14 @@ class ServingSettings(Settings):
     """What a stopping server grants the calls in flight."""
     prompt_cache_bytes: int = 32 << 20
     """Text embeddings the gateway keeps."""
-    max_message_bytes: int = 64 << 20
-    """Largest stage message; 16 latents of 64x64 are 1 MB, 16 raw images of 512x512 are 12 MB."""
+    max_message_bytes: int = 128 << 20
+    """Largest stage message; 16 latents of 64x64 are 1 MB, 16 raw images of 512x512 are 12 MB, residuals of an image of 1024x1024 71 MB."""
+    gateway_max_message_bytes: int = 64 << 20
+    """Largest request the gateway's server reads."""
+    max_image_bytes: int = 32 << 20
+    """Most bytes of a request's control images and init image together."""
+    handover_bytes: int = 256 << 20
+    """Most memory a ControlNet replica shares with U-Nets on its node; 0: residuals always go in messages."""
 
     job_visibility_s: float = 30.0
     """A job whose worker has not been heard of for so long is given to another."""

@@ -1,14 +1,15 @@
-"""sdxs.v1.DecoderService over a bundle's image decoder."""
+"""sdxs.v1.DecoderService over a bundle's image decoder, and its encoder for image to image."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxs import images, tensors
-from sdxs.errors import InvalidRequest
+from sdxs import bundle, control, images, tensors
+from sdxs.errors import CorruptArtifact, InvalidRequest, PreconditionFailed
 from sdxs.noise import MAX_IMAGES
 from sdxs.v1 import decoder_pb2, unet_pb2
 from services.fabric.batcher import GreedyBatcher
@@ -16,7 +17,9 @@ from services.fabric.deadline import Deadline
 from services.settings import ServingSettings
 
 if TYPE_CHECKING:
-    from sdxs.stages import Decoder
+    from sdxs.stages import Decoder, Encoder
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTOR = decoder_pb2.DESCRIPTOR.services_by_name["DecoderService"]
 
@@ -24,14 +27,25 @@ DESCRIPTOR = decoder_pb2.DESCRIPTOR.services_by_name["DecoderService"]
 class DecoderService:
     """Batches latents across requests; encodes the images beside the device's thread, not in it."""
 
-    def __init__(self, decoder: "Decoder", model_digest: str, settings: ServingSettings) -> None:
+    def __init__(
+        self,
+        decoder: "Decoder",
+        model_digest: str,
+        image_size: int,
+        settings: ServingSettings,
+        encoder: "Encoder | None" = None,
+    ) -> None:
         self._decoder = decoder
+        self._encoder = encoder
+        self._image_size = image_size
+        self._encoding = GreedyBatcher(self._latent, max_batch=1, max_waiting=settings.max_in_flight)
         self._model_digest = model_digest
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 
     def close(self) -> None:
         """After the last call."""
         self._batcher.close()
+        self._encoding.close()
 
     async def warm(self) -> None:
         """Pay for the first forward pass and the first encoding now."""
@@ -58,7 +72,26 @@ class DecoderService:
             )
         )
         batch = max(done.batch for done in computed)
-        return decoder_pb2.DecodeResponse(images=files, batch=batch, unet_batch=request.latent.batch)
+        before = request.latent
+        return decoder_pb2.DecodeResponse(
+            images=files, batch=batch, unet_batch=before.batch, controlnet_batch=before.controlnet_batch
+        )
+
+    async def encode_image(
+        self, request: decoder_pb2.EncodeImageRequest, deadline: Deadline
+    ) -> decoder_pb2.EncodeImageResponse:
+        """The init image's latent; each is computed alone. Raises InvalidRequest(field="init_image"), PreconditionFailed."""
+        deadline.remaining()
+        if self._encoder is None:
+            raise PreconditionFailed("this model has no image encoder, so it makes no images from images")
+        image_HWC = await asyncio.to_thread(_fitted, request.init_image, self._image_size)
+        [computed] = await self._encoding.submit([image_HWC])
+        return decoder_pb2.EncodeImageResponse(latent=tensors.encode(computed.result), model_digest=self._model_digest)
+
+    def _latent(self, images: Sequence[tensors.Array]) -> Sequence[tensors.Array]:
+        """One forward pass."""
+        assert self._encoder is not None
+        return list(self._encoder.encode(np.stack(images)))
 
     def _compute(self, latents: Sequence[tensors.Array]) -> Sequence[tensors.Array]:
         """One forward pass."""
@@ -67,9 +100,20 @@ class DecoderService:
 
 def load(folder: Path, model_digest: str, settings: ServingSettings) -> DecoderService:
     """The service over the bundle in `folder`; imports torch."""
-    from sdxs.stages import Decoder
+    from sdxs.stages import Decoder, Encoder
 
-    return DecoderService(Decoder.from_bundle(folder, settings), model_digest, settings)
+    try:
+        encoder = Encoder.from_bundle(folder, settings)
+    except CorruptArtifact as error:  # a student's decoder may come alone
+        logger.info("no image to image: %s", error)
+        encoder = None
+    size = bundle.facts(folder).image_size
+    return DecoderService(Decoder.from_bundle(folder, settings), model_digest, size, settings, encoder)
+
+
+def _fitted(data: bytes, size: int) -> tensors.Array:
+    """The file's pixels at the model's size. Raises InvalidRequest(field="init_image")."""
+    return control.fit(control.read_image(data, "init_image"), size, size)
 
 
 def _encode(image_HWC: tensors.Array, image_format: int, receipt: str) -> decoder_pb2.Image:

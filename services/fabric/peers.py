@@ -8,6 +8,7 @@ that is safe because every stage is a pure function of its request.
 import asyncio
 import contextlib
 import logging
+import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,9 +33,13 @@ class Address:
     target: str
     model_digest: str
     pid: int
+    node: str = ""
+    """Ray's id of the node; empty: unknown."""
 
 
 Resolver = Callable[[], Awaitable[Sequence[Address]]]
+Payload = bytes | Callable[[Address], bytes]
+"""An encoded request, or what makes one for the peer that is to get it; a call that is tried again asks anew."""
 
 
 class Stage(Protocol):
@@ -45,8 +50,8 @@ class Stage(Protocol):
         """Whether there is somebody to call."""
         ...
 
-    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
-        """One rpc of the room's service, encoded request to encoded response. Raises SdxsError."""
+    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
+        """One rpc of the room's service, encoded request to encoded response. Raises SdxsError, and what `payload` raises."""
         ...
 
 
@@ -56,12 +61,13 @@ class LocalStage:
 
     endpoint: Endpoint
     ready: bool = True
+    address: Address = Address("this process", "", os.getpid())
 
-    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
         """See Stage."""
         try:
             async with asyncio.timeout(deadline.remaining()):
-                return await self.endpoint.call(name, payload, deadline)
+                return await self.endpoint.call(name, _for(self.address, payload), deadline)
         except TimeoutError:
             raise DeadlineExceeded(f"{name} did not end in time") from None
 
@@ -80,7 +86,8 @@ class _Peer:
 class PeerSet:
     """The replicas of one room. Open it before the first call, close it after the last.
 
-    `model_digest` keeps replicas of another model out; empty, any will do.
+    `model_digest` keeps replicas of another model out; empty, any will do. With `near`, the id of a node, replicas there are taken
+    as long as there are any that are not full.
     """
 
     service: str
@@ -89,6 +96,7 @@ class PeerSet:
     refresh_s: float = 5.0
     patience_s: float = 30.0
     max_message_bytes: int = 64 << 20
+    near: str = ""
     _peers: dict[Address, _Peer] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stale: asyncio.Event = field(default_factory=asyncio.Event)
@@ -113,14 +121,14 @@ class PeerSet:
         self._replace([])
         await asyncio.gather(*self._closing)
 
-    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
         """See Stage. Waits for a peer at most `patience_s`, then raises Unavailable."""
         patience = deadline.within(self.patience_s)
         full: set[_Peer] = set()
         while True:
             peer = await self._choose(full, patience, deadline)
             try:
-                return await self._call(peer, name, payload, deadline)
+                return await self._call(peer, name, _for(peer.address, payload), deadline)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
                     self._drop(peer)
@@ -143,6 +151,7 @@ class PeerSet:
         while True:
             able = [peer for peer in self._peers.values() if peer not in full] or list(self._peers.values())
             if able:
+                able = [peer for peer in able if self.near and peer.address.node == self.near] or able
                 return min(random.sample(able, min(2, len(able))), key=lambda peer: peer.in_flight)
             self._changed.clear()
             try:
@@ -208,3 +217,8 @@ class PeerSet:
         for address in set(self._peers) - set(addresses):
             self._hang_up(self._peers.pop(address))
         self._changed.set()
+
+
+def _for(address: Address, payload: Payload) -> bytes:
+    """The request for that peer."""
+    return payload if isinstance(payload, bytes) else payload(address)

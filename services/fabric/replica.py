@@ -39,15 +39,17 @@ class Replica:
 
     _plane: DataPlane | None = None
 
-    async def open(self, endpoint: Endpoint, listen: str, settings: ServingSettings, model_digest: str) -> DataPlane:
+    async def open(
+        self, endpoint: Endpoint, listen: str, settings: ServingSettings, model_digest: str, max_message_bytes: int
+    ) -> DataPlane:
         """Start the data plane on `host:port`, not yet SERVING."""
         self._endpoint = endpoint
         self._drain_s = settings.drain_s
-        plane = DataPlane(endpoint, settings.max_message_bytes)
+        plane = DataPlane(endpoint, max_message_bytes)
         await plane.start(listen)
         host, _, port = plane.address.rpartition(":")
         reachable = f"{node_address()}:{port}" if host in ANY_HOST else plane.address
-        self._address = Address(reachable, model_digest, os.getpid())
+        self._address = Address(reachable, model_digest, os.getpid(), node_id())
         self._plane = plane
         return plane
 
@@ -87,7 +89,7 @@ class StageReplica(Replica):
         gc.freeze()
         gc.enable()
         endpoint = Endpoint(self.descriptor, service, settings.max_in_flight)
-        plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest)
+        plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest, settings.max_message_bytes)
         await plane.set_serving(True)
 
     async def __del__(self) -> None:
@@ -102,3 +104,10 @@ def node_address() -> str:
     import ray.util
 
     return str(ray.util.get_node_ip_address())
+
+
+def node_id() -> str:
+    """Ray's id of this node; empty outside a cluster."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""

@@ -1,13 +1,15 @@
-"""A request's way through the stages: text encoder, U-Net, decoder.
+"""A request's way through the stages: text encoder, U-Net, decoder; with controls a ControlNet in front of the U-Net, with an init
+image the encoder half of the decoder's network.
 
 Stage messages are passed on as they came, without decoding them. Text embeddings are kept by prompt.
 """
 
 import logging
+import re
 from collections import OrderedDict
 
 from sdxs.errors import Internal, InvalidRequest
-from sdxs.v1 import decoder_pb2, text_encoder_pb2, unet_pb2
+from sdxs.v1 import decoder_pb2, tensor_pb2, text_encoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.peers import Stage
 from services.fabric.wire import embed
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _TEXT = unet_pb2.DenoiseRequest.TEXT_FIELD_NUMBER
 _LATENT = decoder_pb2.DecodeRequest.LATENT_FIELD_NUMBER
+_CALLERS = re.compile(r"prompt|init_image|strength|controls(\[\d+\](\.\w+)?)?")
+"""Fields that the caller wrote; all others are made by us."""
 
 
 class PromptCache:
@@ -45,24 +49,31 @@ class PromptCache:
 
 
 class Chain:
-    """The stages of one model."""
+    """The stages of one model. Without a `controlnet` stage controls go to the U-Net, which then hosts the ControlNets."""
 
-    def __init__(self, text_encoder: Stage, unet: Stage, decoder: Stage, cache: PromptCache) -> None:
+    def __init__(
+        self, text_encoder: Stage, unet: Stage, decoder: Stage, cache: PromptCache, controlnet: Stage | None = None
+    ) -> None:
         self._text_encoder = text_encoder
         self._unet = unet
         self._decoder = decoder
+        self._controlnet = controlnet or unet
         self._cache = cache
 
     @property
     def ready(self) -> bool:
         """Whether every stage has a replica."""
-        return self._text_encoder.ready and self._unet.ready and self._decoder.ready
+        return all(stage.ready for stage in (self._text_encoder, self._controlnet, self._unet, self._decoder))
 
     async def run(self, order: Order, receipts: list[str], deadline: Deadline) -> decoder_pb2.DecodeResponse:
         """The order's images. Raises SdxsError."""
         text = await self._encode(order.prompt, deadline)
-        options = unet_pb2.DenoiseRequest(seeds=order.seeds, deterministic=order.deterministic)
-        latent = await _call(self._unet, "Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
+        options = unet_pb2.DenoiseRequest(seeds=order.seeds, deterministic=order.deterministic, controls=order.controls)
+        if order.init_image:
+            options.init_latent.CopyFrom(await self._encode_image(order.init_image, deadline))
+            options.strength = order.strength
+        unet = self._controlnet if order.controls else self._unet
+        latent = await _call(unet, "Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
         wishes = decoder_pb2.DecodeRequest(format=order.format, deterministic=order.deterministic, receipts=receipts)
         images = await _call(self._decoder, "Decode", embed(_LATENT, latent) + wishes.SerializeToString(), deadline)
         return decoder_pb2.DecodeResponse.FromString(images)
@@ -70,6 +81,12 @@ class Chain:
     async def check_prompt(self, prompt: str, deadline: Deadline) -> None:
         """Raises InvalidRequest(field="prompt") for what the text encoder would refuse."""
         await self._encode(prompt, deadline)
+
+    async def _encode_image(self, init_image: bytes, deadline: Deadline) -> tensor_pb2.Tensor:
+        """The init image's latent."""
+        request = decoder_pb2.EncodeImageRequest(init_image=init_image).SerializeToString()
+        answer = await _call(self._decoder, "EncodeImage", request, deadline)
+        return decoder_pb2.EncodeImageResponse.FromString(answer).latent
 
     async def _encode(self, prompt: str, deadline: Deadline) -> bytes:
         """An encoded EncodeResponse."""
@@ -82,11 +99,11 @@ class Chain:
 
 
 async def _call(stage: Stage, name: str, payload: bytes, deadline: Deadline) -> bytes:
-    """One rpc of a stage. Of its fields the caller wrote the prompt; what else a stage refuses was made by us: Internal."""
+    """One rpc of a stage. What it refuses in fields the caller wrote is the caller's fault; in any other it was made by us: Internal."""
     try:
         return await stage.call(name, payload, deadline)
     except InvalidRequest as error:
-        if error.field == "prompt":
+        if _CALLERS.fullmatch(error.field):
             raise
         logger.error("%s refuses what it was given: %s", name, error)
         raise Internal("a stage refuses what the one before it made; the server's log has it") from error

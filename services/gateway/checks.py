@@ -1,16 +1,21 @@
 """What a request may say. Pure functions: a message in, an order out, or InvalidRequest that names the field."""
 
+import hashlib
+import math
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sdxs import control
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.noise import MAX_IMAGES
-from sdxs.v1 import decoder_pb2, gateway_pb2
+from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
 
 MAX_PROMPT_CHARACTERS = 4096
 MAX_SEED = 2**63 - 1
+MAX_CONTROLS = 4
+MAX_SCALE = 2.0
 _JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -29,6 +34,8 @@ class ServedModel:
     width: int
     height: int
     max_prompt_tokens: int
+    controlnets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Types by name; no types: any."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,14 @@ class Order:
     seeds: tuple[int, ...]
     format: "decoder_pb2.ImageFormat"
     deterministic: bool
+    controls: tuple[control_pb2.Control, ...] = ()
+    """Each with the name of its ControlNet."""
+    init_image: bytes = b""
+    strength: float = 1.0
 
 
-def order(request: gateway_pb2.GenerateRequest, models: Mapping[str, ServedModel]) -> Order:
-    """The order a request makes. Raises InvalidRequest, or NotFound for a model that is not served here."""
+def order(request: gateway_pb2.GenerateRequest, models: Mapping[str, ServedModel], max_image_bytes: int) -> Order:
+    """The order a request makes; its images are not read. Raises InvalidRequest, or NotFound for what is not served here."""
     model = _model(request.model, models)
     _size("width", request.width, model.width)
     _size("height", request.height, model.height)
@@ -55,8 +66,10 @@ def order(request: gateway_pb2.GenerateRequest, models: Mapping[str, ServedModel
         raise InvalidRequest("seed", seed, f"0 to 2^63 - {n}")
     if request.format not in decoder_pb2.ImageFormat.values():
         raise InvalidRequest("format", request.format, "one of " + ", ".join(decoder_pb2.ImageFormat.keys()))
-    seeds = tuple(range(seed, seed + n))
-    return Order(model, _prompt(request.prompt), seeds, request.format, request.deterministic)
+    prompt, seeds = _prompt(request.prompt), tuple(range(seed, seed + n))
+    _bytes(request, max_image_bytes)
+    controls = _controls(request, model)
+    return Order(model, prompt, seeds, request.format, request.deterministic, controls, request.init_image, _strength(request))
 
 
 def job_id(request_id: str) -> str:
@@ -89,3 +102,55 @@ def _size(field: str, asked: int, made: int) -> None:
     """0 or the size the model makes."""
     if asked not in (0, made):
         raise InvalidRequest(field, asked, f"{made}, or 0 for the model's own")
+
+
+def _bytes(request: gateway_pb2.GenerateRequest, limit: int) -> None:
+    """Of all images together."""
+    found = len(request.init_image) + sum(len(each.image) for each in request.controls)
+    if found > limit:
+        name = "controls" if request.controls else "init_image"
+        raise InvalidRequest(name, f"{found} bytes of images", f"at most {limit} bytes, all images together")
+
+
+def _strength(request: gateway_pb2.GenerateRequest) -> float:
+    """1 when none is given."""
+    if not request.HasField("strength"):
+        return 1.0
+    if not request.init_image:
+        raise InvalidRequest("strength", request.strength, "none without an init_image")
+    if not 0 < request.strength <= 1:
+        raise InvalidRequest("strength", request.strength, "above 0, at most 1")
+    return request.strength
+
+
+def _controls(request: gateway_pb2.GenerateRequest, model: ServedModel) -> tuple[control_pb2.Control, ...]:
+    """The controls, each with its ControlNet's name. What is in the images is the ControlNet's room's to say."""
+    if len(request.controls) > MAX_CONTROLS:
+        raise InvalidRequest("controls", len(request.controls), f"at most {MAX_CONTROLS}")
+    return tuple(_control(each, f"controls[{i}]", model) for i, each in enumerate(request.controls))
+
+
+def _control(asked: control_pb2.Control, field: str, model: ServedModel) -> control_pb2.Control:
+    """One control with every choice made."""
+    if not asked.image:
+        raise InvalidRequest(f"{field}.image", "0 bytes", "a PNG, JPEG or WebP file")
+    chosen = control_pb2.Control()
+    chosen.CopyFrom(asked)
+    chosen.scale = asked.scale if asked.HasField("scale") else 1.0
+    if not (math.isfinite(chosen.scale) and 0 <= chosen.scale <= MAX_SCALE):
+        raise InvalidRequest(f"{field}.scale", asked.scale, f"0 to {MAX_SCALE:g}")
+    chosen.controlnet = control.pick(model.controlnets, asked.type, asked.controlnet, field)
+    if not asked.preprocessed and asked.type not in control.TYPES:
+        raise InvalidRequest(f"{field}.type", asked.type, f"one of {', '.join(control.TYPES)}, or `preprocessed`")
+    return chosen
+
+
+def images(order: Order) -> list[tuple[str, bytes]]:
+    """The image files of an order, each with its field."""
+    found = [(f"controls[{i}].image", each.image) for i, each in enumerate(order.controls)]
+    return [*found, ("init_image", order.init_image)] if order.init_image else found
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal; empty for no bytes."""
+    return hashlib.sha256(data).hexdigest() if data else ""

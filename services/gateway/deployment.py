@@ -15,25 +15,28 @@ from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
 
-_STAGES = ("TextEncoderService", "UNetService", "DecoderService")
+_STAGES = ("TextEncoderService", "UNetService", "DecoderService", "ControlNetService")
 
 
 class GatewayReplica(Replica):
-    """The way in: its own gRPC server on a fixed port, peers learnt from the stages' handles."""
+    """The way in: its own gRPC server on a fixed port, peers learnt from the stages' handles; the last, ControlNets, may be missing."""
 
     async def __init__(self, model: str, *stages: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
         _, manifest = await asyncio.to_thread(registry.open_model, model, settings)
-        text, unet, decoder = self._peers = [
-            replicas(f"sdxs.v1.{name}", handle, manifest.digest, settings) for name, handle in zip(_STAGES, stages, strict=True)
+        self._peers = [
+            replicas(f"sdxs.v1.{name}", handle, manifest.digest, settings)
+            for name, handle in zip(_STAGES, stages, strict=False)
         ]
+        text, unet, decoder, *controlnet = self._peers
         for peers in self._peers:
             peers.open()
         served = served_model(manifest)
-        chain = Chain(text, unet, decoder, PromptCache(settings.prompt_cache_bytes))
+        chain = Chain(text, unet, decoder, PromptCache(settings.prompt_cache_bytes), *controlnet)
         self._service = service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
         endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
-        plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest)
+        limit = settings.gateway_max_message_bytes
+        plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest, limit)
         self._health = asyncio.create_task(keep_health(service, plane))
 
     def check_health(self) -> None:

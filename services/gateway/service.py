@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 from redis.exceptions import RedisError
 
-from sdxs import images
+from sdxs import control, images
 from sdxs.bundle import Manifest
-from sdxs.errors import InvalidRequest, PreconditionFailed, Unavailable
+from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
 from sdxs.store import ObjectStore, open_store
-from sdxs.v1 import decoder_pb2, gateway_pb2
+from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.jobs import JobQueue, open_queue
 from services.gateway import checks
@@ -24,6 +25,9 @@ from services.gateway.chain import Chain
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
+
+_BLANK = images.encode(np.zeros((8, 8, 3), np.uint8), images.PNG, "")
+"""A control image that shows nothing."""
 
 DESCRIPTOR = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"]
 
@@ -84,6 +88,7 @@ class GatewayService:
         self._chains = chains
         self._desk = desk
         self._default_deadline_s = settings.default_deadline_s
+        self._max_image_bytes = settings.max_image_bytes
 
     @property
     def ready(self) -> bool:
@@ -91,9 +96,13 @@ class GatewayService:
         return all(chain.ready for chain in self._chains.values())
 
     async def warm(self) -> None:
-        """One image of each model through all stages. Raises SdxsError when a stage does not answer."""
-        for name in self._models:
-            await self.generate(gateway_pb2.GenerateRequest(prompt="warm", model=name, seed=0), Deadline())
+        """One image of each model through all stages, ControlNets included. Raises SdxsError when a stage does not answer."""
+        for model in self._models.values():
+            await self.generate(gateway_pb2.GenerateRequest(prompt="warm", model=model.name, seed=0), Deadline())
+            for controlnet in model.controlnets:
+                blank = control_pb2.Control(image=_BLANK, controlnet=controlnet, preprocessed=True)
+                request = gateway_pb2.GenerateRequest(prompt="warm", model=model.name, seed=0, controls=[blank])
+                await self.generate(request, Deadline())
 
     async def close(self) -> None:
         """After the last call."""
@@ -103,7 +112,7 @@ class GatewayService:
     async def generate(self, request: gateway_pb2.GenerateRequest, deadline: Deadline) -> gateway_pb2.GenerateResponse:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
-        order = checks.order(request, self._models)
+        order = checks.order(request, self._models, self._max_image_bytes)
         receipts = [images.receipt(order.prompt, seed, order.model.name, order.model.digest) for seed in order.seeds]
         deadline = deadline.within(self._default_deadline_s)
         made = await self._chains[order.model.name].run(order, receipts, deadline)
@@ -114,11 +123,12 @@ class GatewayService:
         desk = self._desk_or_raise()
         job_id = checks.job_id(request.request_id)
         try:
-            order = checks.order(request.request, self._models)
+            order = checks.order(request.request, self._models, self._max_image_bytes)
+            await asyncio.gather(*(asyncio.to_thread(control.read_image, data, field) for field, data in checks.images(order)))
             await self._chains[order.model.name].check_prompt(order.prompt, deadline.within(self._default_deadline_s))
         except InvalidRequest as error:
             raise InvalidRequest(f"request.{error.field}", error.value, error.allowed) from None
-        except checks.UnknownModel as error:
+        except NotFound as error:
             error.field = f"request.{error.field}"
             raise
         chosen = gateway_pb2.GenerateRequest()
@@ -144,6 +154,7 @@ class GatewayService:
                 width=model.width,
                 height=model.height,
                 max_prompt_tokens=model.max_prompt_tokens,
+                controlnets=[gateway_pb2.ControlNet(name=name, types=types) for name, types in model.controlnets.items()],
             )
             for model in self._models.values()
         ]
@@ -169,13 +180,29 @@ def _receipt(order: checks.Order, made: decoder_pb2.DecodeResponse, seconds: flo
         decoder_batch=made.batch,
         deterministic=order.deterministic,
         seconds=seconds,
+        controlnet_batch=made.controlnet_batch,
+        controls=[_applied(control) for control in order.controls],
+        init_image_sha256=checks.sha256(order.init_image),
+        strength=order.strength if order.init_image else 0.0,
+    )
+
+
+def _applied(asked: control_pb2.Control) -> gateway_pb2.AppliedControl:
+    """Without the image."""
+    return gateway_pb2.AppliedControl(
+        controlnet=asked.controlnet,
+        type=asked.type,
+        scale=asked.scale,
+        guess=asked.guess,
+        preprocessed=asked.preprocessed,
+        image_sha256=checks.sha256(asked.image),
     )
 
 
 def served_model(manifest: Manifest) -> checks.ServedModel:
     """What the gateway needs to know of a bundle."""
     size = manifest.image_size
-    return checks.ServedModel(manifest.name, manifest.digest, size, size, manifest.max_prompt_tokens)
+    return checks.ServedModel(manifest.name, manifest.digest, size, size, manifest.max_prompt_tokens, manifest.controlnets)
 
 
 def open_desk(settings: ServingSettings) -> JobDesk | None:

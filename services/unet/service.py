@@ -1,7 +1,7 @@
 """sdxs.v1.UNetService over a bundle's U-Net."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,78 +9,108 @@ import numpy as np
 
 from sdxs import tensors
 from sdxs.errors import InvalidRequest
-from sdxs.noise import MAX_IMAGES, latent_noise
+from sdxs.noise import MAX_IMAGES
 from sdxs.prompts import Prompts
-from sdxs.v1 import text_encoder_pb2, unet_pb2
+from sdxs.residuals import Residuals
+from sdxs.v1 import unet_pb2
+from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
+from services.fabric.denoising import Facts, Image
+from services.fabric.handover import Borrower
 from services.settings import ServingSettings
 
 if TYPE_CHECKING:
-    from sdxs.stages import UNet
+    from sdxs.stages import ControlNets, UNet
 
 DESCRIPTOR = unet_pb2.DESCRIPTOR.services_by_name["UNetService"]
 
 
-@dataclass(frozen=True)
-class _Image:
-    """What one image is computed from."""
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """One image's latent, and the batch its ControlNets were computed in, where that was here."""
 
-    seed: int
-    prompt: Prompts
+    latent_CHW: tensors.Array
+    controlnet_batch: int
 
 
 class UNetService:
-    """Batches images across requests; the noise of each follows from its seed alone."""
+    """Batches images across requests, those of different ControlNets or none included; the noise of each follows from its seed.
 
-    def __init__(self, unet: "UNet", model_digest: str, settings: ServingSettings) -> None:
+    With `controlnets` it hosts them too (placement `fused`); without, residuals come with the request.
+    """
+
+    def __init__(self, unet: "UNet", facts: Facts, settings: ServingSettings, controlnets: "ControlNets | None" = None) -> None:
         self._unet = unet
-        self._model_digest = model_digest
+        self._facts = facts
+        self._controlnets = controlnets
+        self._borrower = Borrower()
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 
     def close(self) -> None:
         """After the last call."""
         self._batcher.close()
+        self._borrower.close()
 
     async def warm(self) -> None:
         """Pay for the first forward pass now."""
-        text = tensors.encode(np.zeros(self._unet.text_shape, np.float32))
-        pooled = tensors.encode(np.zeros(self._unet.pooled_width, np.float32)) if self._unet.pooled_width else None
-        encoded = text_encoder_pb2.EncodeResponse(text=text, pooled=pooled, model_digest=self._model_digest)
-        await self.denoise(unet_pb2.DenoiseRequest(text=encoded, seeds=[0]), Deadline())
+        await self.denoise(denoising.warming(self._facts), Deadline())
 
     async def denoise(self, request: unet_pb2.DenoiseRequest, deadline: Deadline) -> unet_pb2.DenoiseResponse:
         """[images, channels, height, width] float. Raises InvalidRequest that names the field at fault."""
         deadline.remaining()
-        if not 1 <= len(request.seeds) <= MAX_IMAGES:
-            raise InvalidRequest("seeds", len(request.seeds), f"1 to {MAX_IMAGES} seeds")
-        if request.text.model_digest != self._model_digest:
-            raise InvalidRequest("text.model_digest", request.text.model_digest, self._model_digest)
-        prompt = self._prompt(request.text)
-        images = [_Image(seed, prompt) for seed in request.seeds]
+        images = denoising.read(request, self._facts)
+        conditions = await denoising.prepare(request.controls, self._controlnets, self._facts)
+        residuals = self._residuals(request)
+        images = [
+            dataclasses.replace(image, conditions=conditions, residuals=given)
+            for image, given in zip(images, residuals, strict=True)
+        ]
         computed = await self._batcher.submit(images, alone=request.deterministic)
-        latent_BCHW = np.stack([done.result for done in computed])
-        batch = max(done.batch for done in computed)
-        return unet_pb2.DenoiseResponse(latent=tensors.encode(latent_BCHW), model_digest=self._model_digest, batch=batch)
+        return unet_pb2.DenoiseResponse(
+            latent=tensors.encode(np.stack([done.result.latent_CHW for done in computed])),
+            model_digest=self._facts.digest,
+            batch=max(done.batch for done in computed),
+            controlnet_batch=max(done.result.controlnet_batch for done in computed),
+        )
 
-    def _prompt(self, encoded: text_encoder_pb2.EncodeResponse) -> Prompts:
-        """The message's one prompt. Raises InvalidRequest that names the tensor at fault."""
-        text_LD = tensors.decode(encoded.text, "text.text", self._unet.text_shape)
-        width = self._unet.pooled_width
-        if not width:
-            return Prompts(text_LD[None])
-        if not encoded.HasField("pooled"):
-            raise InvalidRequest("text.pooled", None, f"[{width}]: this model's U-Net takes a pooled embedding too")
-        return Prompts(text_LD[None], tensors.decode(encoded.pooled, "text.pooled", (width,))[None])
+    def _residuals(self, request: unet_pb2.DenoiseRequest) -> Sequence[Residuals | None]:
+        """For each image of the request. Raises InvalidRequest: field `shared` when they are in memory out of reach."""
+        which = request.WhichOneof("residuals")
+        if which is None:
+            return [None] * len(request.seeds)
+        if which == "shared":
+            found = self._borrower.read(request.shared)
+        else:
+            parts = [tensors.decode(part, f"inline.parts[{i}]") for i, part in enumerate(request.inline.parts)]
+            found = Residuals(tuple(parts))
+        sizes = {part.shape[0] if part.ndim == 4 else -1 for part in found.parts}
+        if sizes != {len(request.seeds)}:
+            raise InvalidRequest("residuals", sorted(sizes), f"[{len(request.seeds)}, channels, height, width] each")
+        return found.rows()
 
-    def _compute(self, images: Sequence[_Image]) -> Sequence[tensors.Array]:
+    def _compute(self, images: Sequence[Image]) -> Sequence[_Done]:
         """One forward pass."""
-        noise_BCHW = np.stack([latent_noise(image.seed, self._unet.latent_shape) for image in images])
-        return list(self._unet.denoise(noise_BCHW, Prompts.stack([image.prompt for image in images])))
+        noise_BCHW = denoising.noise(images, self._facts)
+        added, batches = [image.residuals for image in images], [0] * len(images)
+        if self._controlnets is not None:
+            guided = denoising.guide(images, noise_BCHW, self._controlnets)
+            added = [here.residuals or given for here, given in zip(guided, added, strict=True)]
+            batches = [here.batch for here in guided]
+        prompts = Prompts.stack([image.prompt for image in images])
+        latents = self._unet.denoise(noise_BCHW, prompts, _together(added), [image.init for image in images])
+        return [_Done(latent, batch) for latent, batch in zip(latents, batches, strict=True)]
 
 
-def load(folder: Path, model_digest: str, settings: ServingSettings) -> UNetService:
-    """The service over the bundle in `folder`; imports torch."""
-    from sdxs.stages import UNet
+def _together(residuals: Sequence[Residuals | None]) -> Residuals | None:
+    """Of a batch, zeros for images without; None when none has any."""
+    like = next((each for each in residuals if each is not None), None)
+    return None if like is None else Residuals.stack(residuals, like)
 
-    return UNetService(UNet.from_bundle(folder, settings), model_digest, settings)
+
+def load(folder: Path, model_digest: str, settings: ServingSettings, fused: bool = False) -> UNetService:
+    """The service over the bundle in `folder`, with its ControlNets when `fused`; imports torch."""
+    from sdxs.stages import ControlNets, UNet
+
+    controlnets = ControlNets.from_bundle(folder, settings) if fused else None
+    return UNetService(UNet.from_bundle(folder, settings), Facts.of(folder, model_digest), settings, controlnets)

@@ -14,6 +14,7 @@ from sdxs import errors, rpc
 from sdxs.errors import Internal, InvalidRequest, NotFound, SdxsError, Unavailable
 from sdxs.v1 import decoder_pb2
 from services.fabric.deadline import Deadline
+from services.fabric.peers import Payload
 from services.fabric.scaling import follow_load
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.checks import Order, ServedModel, UnknownModel
@@ -62,7 +63,7 @@ class Refusing:
     field: str
     ready: bool = True
 
-    async def call(self, name: str, payload: bytes, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
         if name == self.rpc:
             raise InvalidRequest(self.field, "nan", "finite numbers")
         return b""

@@ -1,0 +1,71 @@
+"""sdxs.v1.ControlNetService over a bundle's ControlNets: what they add to the U-Net is computed here and handed to it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxs.errors import InvalidRequest
+from sdxs.noise import MAX_IMAGES
+from sdxs.residuals import Residuals
+from sdxs.v1 import controlnet_pb2, unet_pb2
+from services.controlnet.sending import Sender
+from services.fabric import denoising
+from services.fabric.batcher import GreedyBatcher
+from services.fabric.deadline import Deadline
+from services.fabric.denoising import Facts, Guided, Image
+from services.settings import ServingSettings
+
+if TYPE_CHECKING:
+    from sdxs.stages import ControlNets
+
+DESCRIPTOR = controlnet_pb2.DESCRIPTOR.services_by_name["ControlNetService"]
+
+
+class ControlNetService:
+    """Batches images across requests, grouped by ControlNet inside a batch."""
+
+    def __init__(self, controlnets: "ControlNets", sender: Sender, facts: Facts, settings: ServingSettings) -> None:
+        self._controlnets = controlnets
+        self._sender = sender
+        self._facts = facts
+        self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+
+    def close(self) -> None:
+        """After the last call."""
+        self._batcher.close()
+        self._sender.close()
+
+    async def warm(self) -> None:
+        """Pay for the first forward pass of each ControlNet now. Calls no U-Net."""
+        [image] = denoising.read(denoising.warming(self._facts), self._facts)
+        conditions = [denoising.blank(name, self._controlnets, self._facts) for name in self._controlnets.names]
+        await self._batcher.submit([replace(image, conditions=(condition,)) for condition in conditions])
+
+    async def denoise(self, request: unet_pb2.DenoiseRequest, deadline: Deadline) -> unet_pb2.DenoiseResponse:
+        """The U-Net's answer. Raises InvalidRequest and NotFound that name the field at fault."""
+        deadline.remaining()
+        if request.WhichOneof("residuals") is not None:
+            raise InvalidRequest("residuals", request.WhichOneof("residuals"), "none: they are computed here")
+        images = denoising.read(request, self._facts)
+        conditions = await denoising.prepare(request.controls, self._controlnets, self._facts)
+        del request.controls[:]
+        if not conditions:
+            return await self._sender.send(request, None, deadline)
+        images = [replace(image, conditions=conditions) for image in images]
+        computed = await self._batcher.submit(images, alone=request.deterministic)
+        rows = [done.result.residuals for done in computed if done.result.residuals is not None]
+        response = await self._sender.send(request, Residuals.stack(rows, rows[0]), deadline)
+        response.controlnet_batch = max(done.result.batch for done in computed)
+        return response
+
+    def _compute(self, images: Sequence[Image]) -> Sequence[Guided]:
+        """One forward pass of each ControlNet that is asked for."""
+        return denoising.guide(images, denoising.noise(images, self._facts), self._controlnets)
+
+
+def load(folder: Path, model_digest: str, settings: ServingSettings, sender: Sender) -> ControlNetService:
+    """The service over the bundle in `folder`; imports torch."""
+    from sdxs.stages import ControlNets
+
+    return ControlNetService(ControlNets.from_bundle(folder, settings), sender, Facts.of(folder, model_digest), settings)
