@@ -72,8 +72,12 @@ def evaluate_models(  # noqa: PLR0913
     clip: Annotated[str | None, typer.Option(help="A CLIP model, for the CLIP score: folder or hub id.")] = None,
     protocol: Annotated[str | None, typer.Option(help="Follow a protocol: built-in name or a .toml file.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The page of several models (.html), or a protocol's folder.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The page of several models (.html), a protocol's folder, or a sheet of controls (.png)."
+        ),
     ] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Score the bundle's ControlNets instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     """Score a bundle (emoji by default) beside its teacher, several side by side, or one by a protocol.
@@ -84,10 +88,11 @@ def evaluate_models(  # noqa: PLR0913
     sdxs eval emoji ./out/emoji -o page.html
     sdxs eval ./out/mine --inception weights.pth --clip openai/clip-vit-base-patch16
     sdxs eval ./out/mine --protocol coco-5k
+    sdxs eval emoji --controls -o sheet.png
     """
     from trainer.evaluation.run import Request, evaluate_request
 
-    request = Request(models or ["emoji"], images, inception, clip, protocol, output)
+    request = Request(models or ["emoji"], images, inception, clip, protocol, output, controls)
     console = Console(stderr=True)
     report = evaluate_request(request, Settings(), console)
     if as_json:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,17 @@ from trainer.assemble import assemble, check_replaceable
 from trainer.cluster import Cluster, StageJob
 from trainer.data.source import Captions
 from trainer.launch import run_stage
-from trainer.pairs import PairsOrder, draw_shards, recombine
+from trainer.pairs import Pairs, PairsOrder, draw_shards, recombine
 from trainer.plan import REVISION, Step, dated, source_digest, steps
 from trainer.pool.client import Limits, Share, TeacherPool
 from trainer.prompts import open_source
 from trainer.real_images import encode_images, listing_digest
-from trainer.recipe import DistillRecipe, StyleRecipe, digest
-from trainer.sections import Optimisation, PairsSection, Section, ShrinkSection
+from trainer.recipe import ControlNetRecipe, ControlRecipe, RunRecipe, StyleRecipe, digest
+from trainer.sections import ControlNetSection, Optimisation, PairsSection, SampleImagesSection, Section, ShrinkSection
 from trainer.sources import latent_shape, teacher_folder
 from trainer.specs import TeacherSpec
 from trainer.tracking.board import Board
+from trainer.triplets import draw_images
 
 # What a watcher is told: stage, steps done, steps in all, latest metrics.
 Watch = Callable[[str, int, int, dict[str, float]], None]
@@ -51,7 +54,7 @@ class Result:
 class Distillation:
     """One recipe on one cluster. `run` returns when the bundle is sealed."""
 
-    def __init__(self, recipe: DistillRecipe | StyleRecipe, settings: Settings, cluster: Cluster, watch: Watch) -> None:
+    def __init__(self, recipe: RunRecipe, settings: Settings, cluster: Cluster, watch: Watch) -> None:
         self.recipe, self.settings, self.cluster, self.watch = recipe, settings, cluster, watch
         self.folder, self.prompts = teacher_folder(recipe.teacher), open_source(recipe, settings)
         self.artifacts = open_artifacts(settings)
@@ -91,9 +94,14 @@ class Distillation:
 
     def _kind(self) -> dict[str, Any]:
         """What shapes the student."""
+        if isinstance(self.recipe, ControlNetRecipe):
+            return {"conditions": self.recipe.conditions}
         if isinstance(self.recipe, StyleRecipe):
             _, manifest = registry.open_model(self.recipe.base, self.settings)
             return {"base": manifest.digest}
+        if isinstance(self.recipe, ControlRecipe):
+            _, manifest = registry.open_model(self.recipe.base, self.settings)
+            return {"base": manifest.digest, "student": digest(self.recipe.student), "conditions": self.recipe.conditions}
         return {"student": digest(self.recipe.student)}
 
     def _spread(self, section: Section) -> Any:
@@ -182,10 +190,22 @@ class Distillation:
 
     def _draw(self, step: Step) -> None:
         assert step.teacher is not None
+        if isinstance(step.section, SampleImagesSection):
+            self._draw_images(step, step.section)
+            return
         order = self.order(step)
         result, count = (step.name, step.digest), len(order.seeds)
         client = self.pool(step.teacher).client()
         draw_shards(client, order, self.artifacts, result, lambda done: self.watch(step.name, done, count, {}))
+
+    def _draw_images(self, step: Step, section: SampleImagesSection) -> None:
+        """The images of the pairs that the step reads."""
+        assert step.teacher is not None
+        drawn = [Pairs.load(self.artifacts.fetch(name, self.result.digests[name])) for name in step.reads]
+        pairs, client = reduce(add, drawn), self.pool(step.teacher).client()
+        count = len(pairs.captions)
+        told = lambda done: self.watch(step.name, done, count, {})  # noqa: E731
+        draw_images(client, pairs, section.format, self.artifacts, (step.name, step.digest), told)
 
     def order(self, step: Step) -> PairsOrder:
         """The prompts of a drawn step with their noises."""
@@ -197,7 +217,7 @@ class Distillation:
         return PairsOrder.of(captions, step.section, latent_shape(self.folder), seed)
 
     def _train(self, step: Step) -> None:
-        if isinstance(step.section, ShrinkSection) and step.section.images is not None:
+        if isinstance(step.section, (ShrinkSection, ControlNetSection)) and step.section.images is not None:
             assert step.teacher is not None
             client, told = self.pool(step.teacher).client(), lambda done: self.watch("images", done, done, {})
             encode_images(step.section.images, self.recipe.teacher, client, self.settings, told)

@@ -38,7 +38,14 @@ class Pairs:
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """A random batch: (noise_BCHW, latent_BCHW) in float32 and captions."""
-        rows = torch.randint(len(self.captions), (batch,), generator=generator)
+        return self.take(self.rows(batch, generator))
+
+    def rows(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Random row numbers, shape (batch,)."""
+        return torch.randint(len(self.captions), (batch,), generator=generator)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        """These rows, as `draw` gives them."""
         shape = tuple(self.latent_NCHW.shape[1:])
         noise = np.stack([latent_noise(int(self.seed_N[i]), shape) for i in rows])
         return torch.from_numpy(noise), self.latent_NCHW[rows].float(), [self.captions[i] for i in rows.tolist()]

@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trainer.recipe import DistillRecipe, StyleRecipe, digest
-from trainer.sections import LoraSection, PairsSection, Section
-from trainer.sources import teacher_digest, teacher_folder
+from trainer.recipe import ControlNetRecipe, ControlRecipe, DistillRecipe, RunRecipe, StyleRecipe, digest
+from trainer.sections import LoraSection, PairsSection, SampleImagesSection, Section
+from trainer.sources import controlnet_folder, teacher_digest, teacher_folder
 from trainer.specs import TeacherSpec
 
 REVISION = 3  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
 DRAWN = ("samples", "pairs", "compositions")
+"""Steps that are pairs."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,31 @@ class Step:
 
     @property
     def drawn(self) -> bool:
-        return isinstance(self.section, PairsSection)
+        return isinstance(self.section, (PairsSection, SampleImagesSection))
 
 
-def steps(recipe: DistillRecipe | StyleRecipe) -> list[Step]:
+def steps(recipe: RunRecipe) -> list[Step]:
     """All steps of a recipe in topological order, without digests."""
+    if isinstance(recipe, ControlNetRecipe):
+        return [Step("controlnet", recipe.controlnet, (), _teacher(recipe) if recipe.controlnet.images else None)]
+    if isinstance(recipe, ControlRecipe):
+        return _control_steps(recipe)
     return _style_steps(recipe) if isinstance(recipe, StyleRecipe) else _distill_steps(recipe)
 
 
-def offline_spec(recipe: DistillRecipe | StyleRecipe) -> TeacherSpec:
-    """Who gives the offline score: the teacher, or what the recipe names instead; with the style's LoRA, which goes nowhere else."""
+def offline_spec(recipe: DistillRecipe | StyleRecipe | ControlRecipe) -> TeacherSpec:
+    """Who gives the offline score: the teacher, or what the recipe names instead; with the style's LoRA, which goes nowhere else, or with
+    the ControlNet that is distilled."""
     teacher = _teacher(recipe)
+    if isinstance(recipe, ControlRecipe):
+        return replace(teacher, controlnet=recipe.controlnet)
     if isinstance(recipe, StyleRecipe):
         return replace(teacher, lora=recipe.style)
     offline = recipe.offline
     return replace(teacher, source=offline.teacher or recipe.teacher, lora=offline.lora) if offline else teacher
 
 
-def _teacher(recipe: DistillRecipe | StyleRecipe) -> TeacherSpec:
+def _teacher(recipe: RunRecipe) -> TeacherSpec:
     return TeacherSpec(recipe.teacher, recipe.compute.teacher_precision, embeddings=recipe.compute.embeddings)
 
 
@@ -84,6 +92,24 @@ def _style_steps(recipe: StyleRecipe) -> list[Step]:
     return [*drawn, Step("style", recipe.lora, tuple(step.name for step in drawn), offline_spec(recipe))]
 
 
+def _control_steps(recipe: ControlRecipe) -> list[Step]:
+    teacher = _teacher(recipe)
+    drawn = {"pairs": recipe.pairs} | ({"compositions": recipe.compositions} if recipe.compositions else {})
+    samples = tuple(drawn)
+    found = [
+        Step(name, section, (), replace(teacher, source=section.teacher or recipe.teacher)) for name, section in drawn.items()
+    ]
+    found += [Step("images", recipe.images, samples, teacher), Step("unet", recipe.unet, samples, teacher)]
+    found.append(Step("control_shrink", recipe.shrink, (*samples, "images", "unet"), offline_spec(recipe)))
+    chain = "control_shrink"
+    if recipe.warmup is not None:
+        found.append(Step("control_warmup", recipe.warmup, (*samples, "images", chain), None))
+        chain = "control_warmup"
+    if recipe.diff_instruct is not None:
+        found.append(Step("control_diff_instruct", recipe.diff_instruct, (*samples, "images", chain), offline_spec(recipe)))
+    return found
+
+
 def dated(plan: list[Step], common: dict[str, Any], spread: Callable[[Section], Any]) -> list[Step]:
     """The steps with their digests: of what all have in common, their section, who answers them, and the results they read.
 
@@ -109,7 +135,16 @@ def source_digest(source: str) -> str:
 
 def spec_digest(spec: TeacherSpec) -> str:
     """Digest of who answers: the networks' contents, not where they lie."""
-    return digest([source_digest(spec.source), spec.precision, spec.lora and lora_digest(spec.lora)])
+    parts = [source_digest(spec.source), spec.precision, spec.lora and lora_digest(spec.lora)]
+    return digest([*parts, controlnet_digest(spec.controlnet)] if spec.controlnet else parts)
+
+
+@cache
+def controlnet_digest(source: str) -> str:
+    """Digest of the ControlNet a source names."""
+    folder = controlnet_folder(source)
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files])
 
 
 def lora_digest(lora: LoraSection) -> list[Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from sdxs.settings import Settings
 from trainer.data.prompts import fetch_prompts, open_prompts
-from trainer.data.source import Captions, PromptSource, WorldPrompts
-from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.data.source import Captions, NoPrompts, PromptSource, WorldPrompts
+from trainer.recipe import ControlNetRecipe, RunRecipe
 from trainer.worlds.base import get_world
 
 
-def open_source(recipe: DistillRecipe | StyleRecipe, settings: Settings) -> PromptSource:
+def open_source(recipe: RunRecipe, settings: Settings) -> PromptSource:
     """The prompts of a recipe; a data set is read now if it was not before. Before any actor takes the cluster's CPUs, as Ray Data
     needs a free one.
 
@@ -18,11 +18,13 @@ def open_source(recipe: DistillRecipe | StyleRecipe, settings: Settings) -> Prom
     """
     if recipe.data is not None:
         return open_prompts(recipe.data, settings)
+    if isinstance(recipe, ControlNetRecipe) and recipe.world is None:
+        return NoPrompts()
     assert recipe.world is not None
     return WorldPrompts(get_world(recipe.world))
 
 
-def fetch_source(recipe: DistillRecipe | StyleRecipe, digest: str, settings: Settings) -> PromptSource:
+def fetch_source(recipe: RunRecipe, digest: str, settings: Settings) -> PromptSource:
     """The same on a worker, by its digest."""
     return open_source(recipe, settings) if recipe.data is None else fetch_prompts(digest, settings)
 
@@ -38,6 +40,6 @@ class SplitCaptions:
         return Captions(self.source, "train" if split == "train" else "heldout")
 
 
-def prompt_source(recipe: DistillRecipe | StyleRecipe, settings: Settings) -> SplitCaptions:
+def prompt_source(recipe: RunRecipe, settings: Settings) -> SplitCaptions:
     """The prompts that a recipe's bundle is evaluated on. Raises as `open_source`."""
     return SplitCaptions(open_source(recipe, settings))

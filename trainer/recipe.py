@@ -17,6 +17,8 @@ from trainer import documents
 from trainer.sections import (
     AutoencoderSection,
     ComputeSection,
+    ControlNetSection,
+    ControlShrinkSection,
     DataSection,
     DecoderSection,
     DenoiserSection,
@@ -28,6 +30,7 @@ from trainer.sections import (
     OfflineSection,
     Optimisation,
     PairsSection,
+    SampleImagesSection,
     Section,
     ShrinkSection,
     StraightenSection,
@@ -117,7 +120,68 @@ class StyleRecipe(Section):
         return self
 
 
-AnyRecipe = TeacherRecipe | DistillRecipe | StyleRecipe
+Condition = Literal["edge", "sketch", "colour"]
+Conditions = Annotated[tuple[Condition, ...], Field(min_length=1)]
+
+
+class ControlNetRecipe(Section):
+    """Trains a ControlNet for a multi-step teacher, on a world's images or on captioned images of one's own. One network learns all the
+    `conditions`: it tells them apart by their looks."""
+
+    kind: Literal["controlnet"]
+    name: str
+    world: str | None = None
+    data: None = None
+    teacher: str
+    conditions: Conditions
+    seed: int = 0
+    compute: ComputeSection = ComputeSection()
+    controlnet: ControlNetSection
+
+    @model_validator(mode="after")
+    def _sources(self) -> Self:
+        if (self.world is None) == (self.controlnet.images is None):
+            raise ValueError("world or controlnet.images: a ControlNet learns from one of the two")
+        return self
+
+
+class ControlRecipe(Section):
+    """Distils a teacher's ControlNet (`controlnet`) into one for a one-step bundle (`base`), which then carries it as `control_name`.
+
+    `unet` is the shrunk student as it was before it learnt one step: on it the small ControlNet first learns at every timestep.
+    """
+
+    kind: Literal["control"]
+    name: str
+    world: str | None = None
+    data: DataSection | None = None
+    base: str
+    teacher: str
+    controlnet: str
+    conditions: Conditions
+    control_name: str = Field(default="union", pattern="^[a-z0-9][a-z0-9._-]{0,63}$")
+    seed: int = 0
+    compute: ComputeSection = ComputeSection()
+    student: StudentSection = StudentSection()
+    pairs: PairsSection
+    compositions: PairsSection | None = None
+    images: SampleImagesSection = SampleImagesSection()
+    unet: ShrinkSection
+    shrink: ControlShrinkSection
+    warmup: WarmupSection | None = None
+    diff_instruct: DiffInstructSection | None = None
+    evaluation: EvaluationSection
+
+    @model_validator(mode="after")
+    def _prompts(self) -> Self:
+        if (self.world is None) == (self.data is None):
+            raise ValueError("world or data: the prompts come from one of the two")
+        return self
+
+
+AnyRecipe = TeacherRecipe | DistillRecipe | StyleRecipe | ControlNetRecipe | ControlRecipe
+RunRecipe = DistillRecipe | StyleRecipe | ControlNetRecipe | ControlRecipe
+"""Those that run on Ray."""
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Annotated[AnyRecipe, Field(discriminator="kind")])
 
 
@@ -159,6 +223,19 @@ def of_bundle(folder: Path) -> DistillRecipe | StyleRecipe:
     found = parse(json.loads(path.read_text(encoding="utf8"))) if path.is_file() else None
     if not isinstance(found, (DistillRecipe, StyleRecipe)):
         raise InvalidRequest("model", str(folder), "a bundle that carries the recipe it was distilled by, recipe.json")
+    return found
+
+
+def of_controlnet(folder: Path) -> ControlRecipe:
+    """The recipe that a ControlNet in a bundle carries.
+
+    Raises:
+        InvalidRequest: it carries none, or one that this version cannot read; names the field.
+    """
+    path = folder / "recipe.json"
+    found = parse(json.loads(path.read_text(encoding="utf8"))) if path.is_file() else None
+    if not isinstance(found, ControlRecipe):
+        raise InvalidRequest("controlnet", folder.name, "a ControlNet that carries the recipe it was distilled by, recipe.json")
     return found
 
 

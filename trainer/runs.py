@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -14,9 +15,11 @@ from trainer.assemble import check_replaceable
 from trainer.cluster import Cluster
 from trainer.distill import Distillation
 from trainer.evaluation.card import add_card
+from trainer.evaluation.control import compare_controls
+from trainer.evaluation.control_card import add_control_card
 from trainer.evaluation.scoring import compare_recipe
 from trainer.preflight.checks import check
-from trainer.recipe import AnyRecipe, TeacherRecipe
+from trainer.recipe import AnyRecipe, ControlNetRecipe, ControlRecipe, DistillRecipe, StyleRecipe, TeacherRecipe
 from trainer.session import ray_session
 from trainer.teacher_run import train_teacher
 from trainer.tracking.progress import Bars
@@ -42,11 +45,27 @@ def run_recipe(recipe: AnyRecipe, output: Path, cluster: Cluster, file: str) -> 
         with tracker.run(recipe, digests):
             result = distillation.run(output)
     assert result.bundle is not None
+    if isinstance(recipe, ControlNetRecipe):
+        console.print(f"ControlNet: {output}\nrun: {run_folder / 'index.html'}")
+        return
     with console.status("evaluating") as status:
-        comparison = compare_recipe(result.bundle, bundle.read(result.bundle), recipe, settings)
-        rows = comparison.timed(comparison.scores(status.update))
-    judge = comparison.judge
-    add_card(result.bundle, recipe, rows, judge.accuracy if judge else None, comparison.notes())
+        _evaluate(result.bundle, recipe, settings, status.update)
     manifest = registry.publish(result.bundle, open_store(settings))
     console.print(f"bundle: {output}\nrun: {run_folder / 'index.html'}\npublished as {manifest.digest}")
     console.print(f"point a name at it:  sdxs models promote {manifest.name} {manifest.digest}")
+
+
+def _evaluate(
+    folder: Path, recipe: DistillRecipe | StyleRecipe | ControlRecipe, settings: Settings, progress: Callable[[str], None]
+) -> None:
+    """Score what a bundle's recipe has just made and write its card, sealed with it."""
+    manifest = bundle.read(folder)
+    if isinstance(recipe, ControlRecipe):
+        controls = compare_controls(folder, manifest, recipe.control_name, recipe, settings)
+        rows, judge = controls.timed(controls.scores(progress)), controls.comparison.judge
+        accuracy = judge.accuracy if judge else None
+        add_control_card(folder, recipe.control_name, recipe, rows, accuracy, controls.notes())
+        return
+    comparison = compare_recipe(folder, manifest, recipe, settings)
+    rows, judge = comparison.timed(comparison.scores(progress)), comparison.judge
+    add_card(folder, recipe, rows, judge.accuracy if judge else None, comparison.notes())

@@ -152,6 +152,23 @@ class ShrinkSection(Optimisation):
     images: ImagesSection | None = None
 
 
+class SampleImagesSection(Section):
+    """The teacher's samples as images, for control images to be extracted from. JPEG takes a tenth of the room at 512 pixels."""
+
+    format: Literal["png", "jpeg"] = "png"
+
+
+class ControlNetSection(Optimisation):
+    """A ControlNet for the multi-step teacher (arXiv:2302.05543), on captioned images: `views` of a world's, or `images`.
+
+    `caption_dropout`: that share of the captions is empty, so that it learns to see in the map what the image shows.
+    """
+
+    caption_dropout: float = Field(default=0.5, ge=0, lt=1)
+    views: int = Field(default=4096, gt=0)
+    images: ImagesSection | None = None
+
+
 class StraightenSection(Optimisation):
     """LCM fine-tuning of the teacher's U-Net (arXiv:2310.04378): straighter paths from noise to sample for the pairs drawn after it.
 
@@ -182,15 +199,26 @@ class FeatureSection(Optimisation):
 
 
 class MatchingSection(FeatureSection):
-    """The feature matching of eq. 10. `feature_weights` are w_l. `student_input`: plain noise, or the target diffused to t = 999."""
+    """The feature matching of eq. 10. `feature_weights` are w_l. `student_input`: plain noise, or the target diffused to t = 999.
+
+    `fresh_noise` is the share of the noise's variance that is drawn anew: a ControlNet learns better where only the control image can say
+    what is where.
+    """
 
     feature_weights: tuple[float, ...]
     latent_l2: float = Field(default=0.0, ge=0)
     student_input: Literal["noise", "diffused"] = "noise"
+    fresh_noise: float = Field(default=0.0, ge=0, le=1)
 
 
 class WarmupSection(MatchingSection):
     """Eq. 10."""
+
+
+class ControlShrinkSection(Optimisation):
+    """The student's ControlNet learns from the teacher's, both on their own U-Nets: output and the features of the up blocks."""
+
+    feature_weight: float = Field(default=1.0, ge=0)
 
 
 class LatentGanSection(Section):

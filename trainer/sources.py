@@ -52,41 +52,59 @@ def _locate(source: str) -> Path:
     embedded = ASSETS / source.removesuffix("-teacher") / "teacher"
     if source.endswith("-teacher") and embedded.is_dir():
         return embedded
+    return _elsewhere("teacher", source, WANTED)
+
+
+def controlnet_folder(source: str) -> Path:
+    """The local folder of a ControlNet: `<world>-teacher-controlnet` for an embedded one, a folder in diffusers' format, `s3://bucket/prefix`
+    of one, or a hub id.
+
+    Raises:
+        NotFound: there is no such folder.
+        InvalidRequest: it is not a ControlNet's.
+    """
+    embedded = ASSETS / source.removesuffix("-teacher-controlnet") / "controlnet"
+    if source.endswith("-teacher-controlnet") and embedded.is_dir():
+        return embedded
+    folder = _elsewhere("controlnet", source, ["config.json", "*.safetensors"])
+    if not (folder / "config.json").is_file():
+        raise InvalidRequest("controlnet", source, f"a ControlNet's folder in diffusers' format; {folder} has no config.json")
+    return folder.resolve()
+
+
+def _elsewhere(what: str, source: str, wanted: list[str]) -> Path:
+    """A folder, a prefix of a store, or a repository of the hub."""
     if Path(source).is_dir():
         return Path(source)
     if source.startswith("s3://"):
-        return _from_s3(source)
+        return _from_s3(what, source)
     owner, _, name = source.partition("/")
     if owner and name and "/" not in name and owner not in (".", ".."):
-        return _from_hub(source)
-    raise NotFound(f"teacher {source!r}: neither a folder, an s3:// address, a hub id (owner/name), nor an embedded teacher")
+        return _from_hub(what, source, wanted)
+    raise NotFound(f"{what} {source!r}: neither a folder, an s3:// address, a hub id (owner/name), nor an embedded {what}")
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(what: str, source: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = source.partition("@")
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision or None, allow_patterns=WANTED, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]
-            )
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=UNWANTED))
     except LocalEntryNotFoundError as error:
-        raise NotFound(f"teacher {source!r}: no such folder, not downloaded yet, and the hub cannot be reached") from error
+        raise NotFound(f"{what} {source!r}: no such folder, not downloaded yet, and the hub cannot be reached") from error
     except HfHubHTTPError as error:
-        raise Unavailable(f"teacher {source!r}: the hub said {error}") from error
+        raise Unavailable(f"{what} {source!r}: the hub said {error}") from error
 
 
-def _from_s3(source: str) -> Path:
+def _from_s3(what: str, source: str) -> Path:
     settings = Settings()
     store = open_url(source, settings)
     address = urlparse(source)
-    target = settings.cache_dir / "teachers" / address.netloc / address.path.strip("/")
-    keys = [key for key in store.list("") if key.partition("/")[0].removesuffix("_2") in PARTS]
+    target = settings.cache_dir / f"{what}s" / address.netloc / address.path.strip("/")
+    keys = [key for key in store.list("") if what != "teacher" or key.partition("/")[0].removesuffix("_2") in PARTS]
     if not keys:
-        raise NotFound(f"teacher {source!r}: nothing there under {', '.join(PARTS)}")
+        raise NotFound(f"{what} {source!r}: nothing there" + (f" under {', '.join(PARTS)}" if what == "teacher" else ""))
     for key in keys:
         if not (target / key).exists():
             (target / key).parent.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,11 @@ from torch import Tensor
 from trainer.artifacts import stage_folder
 from trainer.diffusion import Diffusion, sample
 from trainer.models.conditioning import Conditioning, concatenate
+from trainer.models.controlnets import as_condition, load_controlnet, residuals
 from trainer.models.lora import merge_lora
 from trainer.models.students import FeatureTap
 from trainer.models.text import TextEncoder
-from trainer.sources import embeddings_folder, load_frozen, teacher_folder
+from trainer.sources import controlnet_folder, embeddings_folder, load_frozen, teacher_folder
 from trainer.specs import TeacherSpec
 
 Array = np.ndarray
@@ -26,13 +27,16 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Denoise:
-    """Ask for the network's output at x_t: shapes (B, C, H, W) and (B,); `guidance` 1 means conditional only."""
+    """Ask for the network's output at x_t: shapes (B, C, H, W) and (B,); `guidance` 1 means conditional only. With `control_BHWC`, maps in
+    uint8, of the U-Net with its ControlNet."""
 
     noisy_BCHW: Array
     t_B: Array
     captions: list[str]
     guidance: float = 1.0
     feature_names: tuple[str, ...] = ()
+    control_BHWC: Array | None = None
+    control_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Sample:
     steps: int
     guidance: float
     solver: str = "ddim"
+    control_BHWC: Array | None = None
+    control_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,19 @@ def compact(value: Tensor) -> Array:
     return value.detach().to(torch.float16).cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Control:
+    """Maps in [0, 1], shape (B, 3, H, W), and how strongly they count."""
+
+    map_BCHW: Tensor
+    scale: float = 1.0
+
+
+def control_of(map_BHWC: Array | None, device: torch.device | str, scale: float = 1.0) -> Control | None:
+    """Maps in uint8 as networks take them; None of none."""
+    return None if map_BHWC is None else Control(as_condition(map_BHWC, device), scale)
+
+
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -107,6 +126,7 @@ class Teacher:
         self.text = TextEncoder(folder, device, image_size(self.unet.config, self.vae.config), embeddings)
         self.scheduler_config = DDIMScheduler.from_pretrained(folder / "scheduler").config
         self.diffusion = Diffusion(self.scheduler_config)
+        self.controlnet: Any = None
         self._taps: dict[tuple[str, ...], FeatureTap] = {}
 
     @classmethod
@@ -123,23 +143,42 @@ class Teacher:
             teacher.unet.to(teacher.device, memory_format=torch.channels_last)
         if spec.lora is not None:
             merge_lora(teacher.unet, [network for _, network in teacher.text.parts], spec.lora)
+        if spec.controlnet is not None:
+            teacher.attach(controlnet_folder(spec.controlnet))
         return teacher
 
-    def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output, in float32."""
-        conditioning = conditioning.to(self.dtype)
-        output: Tensor = self.unet(x_BCHW.to(self.dtype), t_B, **conditioning.arguments()).sample
+    def attach(self, controlnet: Path) -> None:
+        """Take a ControlNet from its folder, for requests with a control image."""
+        self.controlnet = load_controlnet(controlnet, self.dtype).to(self.device, memory_format=torch.channels_last)
+
+    def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning, control: Control | None = None) -> Tensor:
+        """The network's output, in float32.
+
+        Raises:
+            ValueError: a control without a ControlNet.
+        """
+        arguments, x_BCHW = conditioning.to(self.dtype).arguments(), x_BCHW.to(self.dtype)
+        added: dict[str, Any] = {}
+        if control is not None:
+            if self.controlnet is None:
+                raise ValueError("a control image, and this teacher has no ControlNet")
+            added = residuals(self.controlnet, x_BCHW, t_B, arguments, control.map_BCHW.to(self.dtype), control.scale)
+        output: Tensor = self.unet(x_BCHW, t_B, **arguments, **added).sample
         return output.float()
 
-    def guided(self, captions: list[str], guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """Network output with classifier-free guidance: out = uncond + guidance (cond - uncond); conditional only when it is 1."""
+    def guided(
+        self, captions: list[str], guidance: float, control: Control | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Network output with classifier-free guidance: out = uncond + guidance (cond - uncond); conditional only when it is 1. Both are
+        controlled, as in diffusers."""
         text = self.text.encode(captions)
         if guidance == 1.0:
-            return lambda x, t: self.predict(x, t, text)
+            return lambda x, t: self.predict(x, t, text, control)
         both = concatenate([self.text.encode([""] * len(captions)), text])
+        twice = control and Control(torch.cat([control.map_BCHW] * 2), control.scale)
 
         def predict(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-            uncond, cond = self.predict(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both).chunk(2)
+            uncond, cond = self.predict(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both, twice).chunk(2)
             return uncond + guidance * (cond - uncond)
 
         return predict
@@ -151,7 +190,9 @@ class Teacher:
             return [compact(self.decode(self._tensor(request.latent_BCHW)))]
         if isinstance(request, Encode):
             return [compact(self.encode(self._tensor(request.image_BHWC)))]
-        predict = self.guided(request.captions, request.guidance)
+        predict = self.guided(
+            request.captions, request.guidance, control_of(request.control_BHWC, self.device, request.control_scale)
+        )
         if isinstance(request, Sample):
             noise_BCHW = self._tensor(request.noise_BCHW)
             return [compact(sample(predict, noise_BCHW, self.scheduler_config, request.steps, request.solver))]

@@ -19,6 +19,7 @@ from ray.train import Checkpoint
 from ray.train.torch import get_device
 
 from sdxs import registry
+from sdxs.bundle import read_config
 from sdxs.errors import SdxsError, Unavailable
 from sdxs.settings import Settings
 from trainer import loop
@@ -31,13 +32,14 @@ from trainer.placement import Placement, world_size
 from trainer.plan import DRAWN
 from trainer.prompts import fetch_source
 from trainer.real_images import encoded_images
-from trainer.recipe import DistillRecipe, StyleRecipe, TeacherRecipe, parse
+from trainer.recipe import ControlNetRecipe, ControlRecipe, RunRecipe, StyleRecipe, TeacherRecipe, parse
 from trainer.sources import hush, latent_shape, teacher_folder
 from trainer.specs import TeacherSpec
 from trainer.stages import STAGES
 from trainer.stages.context import StageContext
 from trainer.teacher import InProcessTeacher, NobodyToAsk, Teacher, TeacherClient
 from trainer.tracking.observer import Observer, Timed
+from trainer.triplets import SampleImages
 
 
 def work(job: StageJob) -> None:
@@ -98,8 +100,11 @@ def build_stage(job: StageJob, artifacts: Artifacts, device: torch.device) -> lo
     inputs = {name: artifacts.fetch(name, digest) for name, digest in job.inputs.items()}
     folder = teacher_folder(recipe.teacher)
     drawn = [Pairs.load(inputs[name]) for name in DRAWN if name in inputs]
-    if isinstance(recipe, StyleRecipe):
+    if isinstance(recipe, (StyleRecipe, ControlRecipe)):
         inputs["base"], _ = registry.open_model(recipe.base, Settings())
+    if isinstance(recipe, ControlRecipe) and read_config(inputs["base"], "vae/config.json")["_class_name"] == "AutoencoderTiny":
+        inputs["decoder"] = inputs["base"]
+    if isinstance(recipe, (StyleRecipe, ControlNetRecipe)):
         drawn = drawn or [_prompts_alone(recipe, folder, job.prompts)]
     context = StageContext(
         recipe=recipe,
@@ -109,18 +114,19 @@ def build_stage(job: StageJob, artifacts: Artifacts, device: torch.device) -> lo
         inputs=inputs,
         placement=Placement.of(recipe.compute, device),
         images=_real_images(recipe, job.stage),
+        sample_images=SampleImages.load(inputs["images"]) if "images" in inputs else None,
     )
     return STAGES[job.stage](context)
 
 
-def _real_images(recipe: DistillRecipe | StyleRecipe, stage: str) -> EncodedImages | None:
+def _real_images(recipe: RunRecipe, stage: str) -> EncodedImages | None:
     """Those that the recipe distils the U-Net on, encoded before."""
-    if stage != "unet" or not isinstance(recipe, DistillRecipe) or recipe.unet.images is None:
+    if stage != "unet" or isinstance(recipe, (StyleRecipe, ControlNetRecipe)) or recipe.unet.images is None:
         return None
     return encoded_images(recipe.unet.images, recipe.teacher, Settings())
 
 
-def _prompts_alone(recipe: StyleRecipe, folder: Path, prompts: str) -> Pairs:
+def _prompts_alone(recipe: StyleRecipe | ControlNetRecipe, folder: Path, prompts: str) -> Pairs:
     """Every prompt once with noise of its own, for a run that needs no samples."""
     captions = Captions(fetch_source(recipe, prompts, Settings()), "train")
     return Pairs.of_prompts(captions, latent_shape(folder), recipe.seed + 1)

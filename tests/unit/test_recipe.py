@@ -100,7 +100,7 @@ def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["emojy", "no/such/file.toml"])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(NotFound, match="emoji, emoji-demo, emoji-quick, emoji-teacher, scenes, scenes-teacher"):
+    with pytest.raises(NotFound, match=r"emoji, .*emoji-demo, emoji-quick, emoji-teacher, .*scenes, .*scenes-teacher"):
         load(name)
 
 

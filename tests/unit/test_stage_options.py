@@ -136,8 +136,9 @@ def test_a_diffused_input_is_the_target_at_the_last_timestep(world: World) -> No
     stage: Any = STAGES["warmup"](world.context(warmup={"student_input": "diffused"}))
     batch = world.context().draw(stage.deal.turn(0), 4)
     alpha, sigma = (float(part[999]) for part in (stage.generate.diffusion.alpha, stage.generate.diffusion.sigma))
-    torch.testing.assert_close(stage.generate.start(batch, "diffused"), alpha * batch.target_BCHW + sigma * batch.noise_BCHW)
-    assert stage.generate.start(batch, "noise") is batch.noise_BCHW
+    expected = alpha * batch.target_BCHW + sigma * batch.noise_BCHW
+    torch.testing.assert_close(stage.generate.start(batch, stage.section), expected)
+    assert stage.generate.start(batch, stage.section.model_copy(update={"student_input": "noise"})) is batch.noise_BCHW
 
 
 def test_adaptive_schedules_never_go_back(world: World) -> None:

@@ -47,6 +47,18 @@ class WorldPrompts:
         return [captions[checked(int(i), len(captions))] for i in indices]
 
 
+class NoPrompts:
+    """Of a run whose captions come with its images."""
+
+    digest = "none"
+
+    def count(self, split: Split) -> int:
+        return 0
+
+    def take(self, split: Split, indices: Rows) -> list[str]:
+        return [[""][checked(int(i), 0)] for i in indices]
+
+
 class Captions(Sequence[str]):
     """A split as a sequence that reads what is asked for: `Captions(source, "train")[5:9]`, `len`, iteration."""
 

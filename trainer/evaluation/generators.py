@@ -20,15 +20,22 @@ from sdxs.noise import latent_noise
 from trainer.diffusion import sample
 from trainer.evaluation.metrics.flops import gflop
 from trainer.models.conditioning import concatenate
+from trainer.models.controlnets import Controlled, load_controlnet
 from trainer.models.judge import to_tensor
 from trainer.models.text import TextEncoder
 from trainer.sections import EvaluationSection
 from trainer.sources import load_frozen
-from trainer.stages.context import OneStep
-from trainer.teacher import Teacher
+from trainer.stages.context import OneStep, told
+from trainer.teacher import Teacher, control_of
 
 Images = np.ndarray
 Generate = Callable[[list[str], list[int]], Images]
+
+
+class Controllable(Protocol):
+    """A `Generate` that also takes control images, uint8 maps of shape (N, H, W, 3)."""
+
+    def __call__(self, captions: list[str], seeds: list[int], map_NHWC: Images | None = None, /) -> Images: ...
 
 
 class Captioned(Protocol):
@@ -53,14 +60,14 @@ def noise_of(seeds: list[int], shape: tuple[int, ...], device: torch.device | st
     return torch.from_numpy(np.stack([latent_noise(seed, shape) for seed in seeds])).to(device)
 
 
-def multi_step(teacher: Teacher, evaluation: EvaluationSection) -> Generate:
-    """A teacher with guidance, decoded by its own autoencoder."""
+def multi_step(teacher: Teacher, evaluation: EvaluationSection) -> Controllable:
+    """A teacher with guidance, decoded by its own autoencoder; with control images only if a ControlNet is attached to it."""
     size = teacher.unet.config.sample_size
 
     @torch.inference_mode()
-    def generate(captions: list[str], seeds: list[int]) -> Images:
+    def generate(captions: list[str], seeds: list[int], map_NHWC: Images | None = None, /) -> Images:
         noise = noise_of(seeds, (teacher.unet.config.in_channels, size, size), teacher.device)
-        predict = teacher.guided(captions, evaluation.teacher_guidance)
+        predict = teacher.guided(captions, evaluation.teacher_guidance, control_of(map_NHWC, teacher.device))
         return to_uint8(teacher.decode(sample(predict, noise, teacher.scheduler_config, evaluation.teacher_steps)))
 
     return generate
@@ -117,19 +124,25 @@ class Generators:
         return generate
 
 
-def served(folder: Path, manifest: Manifest, device: torch.device | str = "cpu") -> Generate:
-    """A bundle by itself, as it is served: its own text encoders and decoder, and the step its manifest holds. SDXL's conditioning too."""
-    unet = load_frozen(UNet2DConditionModel, folder / "unet").to(device, memory_format=torch.channels_last)
+def served(
+    folder: Path, manifest: Manifest, device: torch.device | str = "cpu", controlnet: Path | None = None
+) -> Controllable:
+    """A bundle by itself, as it is served: its own text encoders and decoder, and the step its manifest holds. SDXL's conditioning too.
+    With control images only if a ControlNet's folder is named."""
+    network: Any = load_frozen(UNet2DConditionModel, folder / "unet")
+    if controlnet is not None:
+        network = Controlled(network, load_controlnet(controlnet))
+    network = network.to(device, memory_format=torch.channels_last)
     kinds: dict[str, Any] = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
     vae = load_frozen(kinds[read_config(folder, "vae/config.json")["_class_name"]], folder / "vae")
     vae.to(device, memory_format=torch.channels_last)
     text, step = TextEncoder(folder, device, manifest.image_size), manifest.one_step
 
     @torch.inference_mode()
-    def generate(captions: list[str], seeds: list[int]) -> Images:
+    def generate(captions: list[str], seeds: list[int], map_NHWC: Images | None = None, /) -> Images:
         noise = noise_of(seeds, manifest.latent_shape, device)
         scaled = (step.input_scale * noise).contiguous(memory_format=torch.channels_last)
-        output = unet(scaled, step.timestep, **text.encode(captions).arguments()).sample
+        output = network(scaled, step.timestep, **told(text, captions, map_NHWC, torch.device(device))).sample
         latent = step.latent_coefficient * noise + step.output_coefficient * output
         return to_uint8(vae.decode(latent / vae.config.scaling_factor).sample)
 

@@ -22,10 +22,10 @@ from trainer.evaluation.judge import Judge
 from trainer.evaluation.rows import Row, table
 
 ZOOM, GAP, LABEL = 2, 8, 200
-LEADING = 2  # captions and row stand in every part of a wide table
 TITLES = {
     "teacher": "teacher\n25 steps, guidance", "kd": "shrunk student\n25 steps", "naive": "one step,\nuntrained for it",
     "warmup": "after warm-up", "sdi": "before the\nGAN finish", "final": "final, one step\n(served)",
+    "teacher+control": "teacher + ControlNet\n25 steps, guidance", "final+control": "one step\n+ ControlNet",
 }  # fmt: skip
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "grpcio")
 
@@ -65,28 +65,30 @@ def judged(judge: Judge | None) -> str:
 
 @dataclass(frozen=True)
 class WideTable:
-    """Rows for a terminal of any width: as many tables as it takes, each beginning with captions and row, and nothing cut off."""
+    """Rows for a terminal of any width: as many tables as it takes, each beginning with what the line is, and nothing cut off."""
 
     rows: list[Row]
     caption: str
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         headings, lines = table(self.rows)
-        parts = _parts([max(map(cell_len, column)) + 3 for column in zip(headings, *lines, strict=True)], options.max_width - 1)
+        leading = headings.index("row") + 1
+        widths = [max(map(cell_len, column)) + 3 for column in zip(headings, *lines, strict=True)]
+        parts = _parts(widths, options.max_width - 1, leading)
         for part in parts:
             shown = Table(caption=self.caption if part is parts[-1] else None)
-            for index in (*range(LEADING), *part):
+            for index in (*range(leading), *part):
                 shown.add_column(headings[index], no_wrap=True)
             for line in lines:
-                shown.add_row(*line[:LEADING], *(line[index] for index in part))
+                shown.add_row(*line[:leading], *(line[index] for index in part))
             yield shown
 
 
-def _parts(widths: list[int], room: int) -> list[list[int]]:
+def _parts(widths: list[int], room: int, leading: int) -> list[list[int]]:
     """The columns after the leading ones in order, as many together as there is room for beside those, one at least."""
-    room -= sum(widths[:LEADING])
+    room -= sum(widths[:leading])
     parts: list[list[int]] = [[]]
-    for index, width in enumerate(widths[LEADING:], LEADING):
+    for index, width in enumerate(widths[leading:], leading):
         if parts[-1] and sum(widths[i] for i in parts[-1]) + width > room:
             parts.append([])
         parts[-1].append(index)

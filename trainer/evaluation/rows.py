@@ -13,7 +13,7 @@ class Row:
 
     `world` has the judge of `top1`, `top5` and `frechet`; without one the three are None. `latency_ms` is per image at batch 1, `gflop`
     10^9 FLOPs (2 per multiply-add) of the same image. `scores` are `<metric>_<network>`: frechet, kid, precision, recall, diversity;
-    and `clip_score`.
+    and those of `NAMED`. `condition` is the kind of control images that the line is about.
     """
 
     world: str | None
@@ -27,10 +27,11 @@ class Row:
     recorded: bool = False  # taken from the bundle, measured when it was made
     gflop: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    condition: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what a line of an older bundle does not have is left out where it says nothing."""
-        later: dict[str, Any] = {"recorded": False, "gflop": None, "scores": {}}
+        later: dict[str, Any] = {"recorded": False, "gflop": None, "scores": {}, "condition": None}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
@@ -44,6 +45,14 @@ class Column:
 
 Value = Callable[[Row], float | None]
 METRICS = {"frechet": "Frechet", "kid": "KID", "precision": "precision", "recall": "recall", "diversity": "diversity"}
+NAMED = {
+    "clip_score": ("CLIP score", ".2f"),
+    "edge_f1": ("edge F1", ".3f"),
+    "colour_error": ("colour error", ".1f"),
+    "ms_with_map": ("ms with map", ".1f"),
+    "times_faster": ("times faster", ".1f"),
+}
+"""Scores that no network's features are needed for: heading and format."""
 
 
 def _number(value: Value, form: str) -> Callable[[Row], str]:
@@ -56,8 +65,9 @@ def _number(value: Value, form: str) -> Callable[[Row], str]:
 
 def _score(key: str, alone: bool) -> Column:
     """The column of one of `Row.scores`; says that the judge saw it unless no other network did."""
-    if key == "clip_score":
-        return Column("CLIP score", _number(lambda row: row.scores.get(key), ".2f"))
+    if key in NAMED:
+        heading, form = NAMED[key]
+        return Column(heading, _number(lambda row: row.scores.get(key), form))
     metric, _, network = key.partition("_")
     name = {"inception": "", "clip": " (CLIP)", "judge": "" if alone else " (judge)"}.get(network, f" ({network})")
     heading = "FID" if key == "frechet_inception" else METRICS.get(metric, metric) + name
@@ -68,9 +78,10 @@ def _score(key: str, alone: bool) -> Column:
 def columns(rows: list[Row]) -> list[Column]:
     """Those that at least one row fills."""
     keys = dict.fromkeys(key for row in rows for key in row.scores)
-    alone = all(key.endswith("_judge") for key in keys)
+    alone = all(key.endswith("_judge") for key in keys if key not in NAMED)
     every = [
         Column("captions", lambda row: row.split),
+        Column("condition", lambda row: row.condition or ""),
         Column("row", lambda row: f"{row.row} *" if row.recorded else row.row),
         Column("top-1", _number(lambda row: row.top1, ".1%")),
         Column("top-5", _number(lambda row: row.top5, ".1%")),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sdxs.bundle import Manifest
@@ -103,7 +103,7 @@ class Comparison:
             row
             for split, count in self.counts.items()
             if (captions := choose_captions(self.source, split, count))
-            for row in _Split(self, split, captions, progress).rows()
+            for row in Split(self, split, captions, progress).rows()
         ]
 
     def timed(self, rows: list[Row]) -> list[Row]:
@@ -135,38 +135,34 @@ class Comparison:
         return found
 
 
-class _Split:
+class Split:
     """The rows of one split: the same captions and noise for all."""
 
     def __init__(self, comparison: Comparison, split: str, captions: list[str], progress: Callable[[str], None]) -> None:
         self.of, self.split, self.captions, self.progress = comparison, split, captions, progress
         self.eyes = comparison.eyes()
-        self.real = self._reference()
+        self.real = {network.name: network.features(self.reference) for network in self.eyes}
 
-    def _reference(self) -> dict[str, np.ndarray]:
-        """Features of what the images are measured against, by network."""
-        if not self.eyes:
-            return {}
+    @cached_property
+    def reference(self) -> Images:
+        """What the images are measured against: real ones, or the teacher's from other noise."""
         if self.of.judge:
-            images = self.of.judge.world.reference_images(self.captions)
-        else:
-            self.progress(f"{self.split} reference")
-            images = in_batches(multi_step(self.of.teacher, self.of.evaluation), self.captions, REFERENCE_SEED)
-        return {network.name: network.features(images) for network in self.eyes}
+            return self.of.judge.world.reference_images(self.captions)
+        self.progress(f"{self.split} reference")
+        return in_batches(multi_step(self.of.teacher, self.of.evaluation), self.captions, REFERENCE_SEED)
 
     def rows(self) -> list[Row]:
         found = []
-        judge = self.of.judge
-        if judge and self.of.ceiling:
+        if self.of.judge and self.of.ceiling:
             self.progress(f"{self.split} vae")
-            real = judge.world.reference_images(self.captions)
-            found.append(self._row("vae", reconstruct(self.of.teacher, real), {}))
+            found.append(self.row("vae", reconstruct(self.of.teacher, self.reference), {}))
         for name, generate in self.of.generators.items():
             self.progress(f"{self.split} {name}")
-            found.append(self._row(name, in_batches(generate, self.captions), self._diversity(generate)))
+            found.append(self.row(name, in_batches(generate, self.captions), self._diversity(generate)))
         return found
 
-    def _row(self, name: str, images: Images, diverse: dict[str, float]) -> Row:
+    def row(self, name: str, images: Images, diverse: dict[str, float]) -> Row:
+        """The scores of images of the split's captions; `diverse` joins them."""
         scores: dict[str, float] = {}
         for network in self.eyes:
             scores |= distribution_scores(network, self.real[network.name], network.features(images))
@@ -198,10 +194,13 @@ class _Split:
 
 def with_recorded(rows: list[Row], recorded: list[Row]) -> list[Row]:
     """Rows in the order of the record, those that could not be measured now filled in from it and marked so."""
-    measured = {(row.split, row.row): row for row in rows}
-    known = {(row.split, row.row) for row in recorded}
-    filled = [measured.get((row.split, row.row), replace(row, recorded=True)) for row in recorded]
-    return filled + [row for row in rows if (row.split, row.row) not in known]
+
+    def place(row: Row) -> tuple[str, str | None, str]:
+        return row.split, row.condition, row.row
+
+    measured, known = {place(row): row for row in rows}, {place(row) for row in recorded}
+    filled = [measured.get(place(row), replace(row, recorded=True)) for row in recorded]
+    return filled + [row for row in rows if place(row) not in known]
 
 
 def compare(
@@ -242,7 +241,7 @@ def compare_recipe(
     teacher = (
         Teacher.load(offline_spec(recipe), device) if is_style else Teacher(teacher_folder(manifest.lineage["teacher"]), device)
     )
-    rows = {"teacher": multi_step(teacher, recipe.evaluation), "final": served(bundle, manifest, device)}
+    rows: dict[str, Generate] = {"teacher": multi_step(teacher, recipe.evaluation), "final": served(bundle, manifest, device)}
     return Comparison(None, teacher, rows, recipe.evaluation, networks or Networks(), prompt_source(recipe, settings))
 
 

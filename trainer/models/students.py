@@ -150,10 +150,10 @@ def _source(name: str, teacher: UNet2DConditionModel, student: UNet2DConditionMo
         if parts[2] in ("resnets", "attentions"):
             keep = kept_layers(len(teacher.up_blocks[theirs].resnets), len(student.up_blocks[block].resnets))
             parts[3] = str(keep[int(parts[3])])
-    return ".".join(_layer_source(name.split("."), parts, teacher, student))
+    return ".".join(layer_source(name.split("."), parts, teacher, student))
 
 
-def _layer_source(ours: list[str], parts: list[str], teacher: nn.Module, student: nn.Module) -> list[str]:
+def layer_source(ours: list[str], parts: list[str], teacher: nn.Module, student: nn.Module) -> list[str]:
     """The same within a stack of transformer layers: which layer, and for self-attention turned to the text, which attention.
 
     That takes the layer's cross-attention and its norm whole: self-attention's keys and values read pixels and have other shapes,

@@ -24,9 +24,9 @@ from trainer.models import lora
 from trainer.models.features import check_encoder
 from trainer.models.students import shrink
 from trainer.plan import offline_spec
-from trainer.preflight.given import Recipe, absent, check_images, check_prompts, images_of
+from trainer.preflight.given import Recipe, absent, check_images, check_prompts, images_field, images_of, style_of
 from trainer.preflight.shapes import TeacherShapes, build, feature_maps, read_shapes, teacher_shapes
-from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.recipe import ControlRecipe, DistillRecipe, StyleRecipe
 from trainer.sections import DiffInstructSection, LoraSection, MatchingSection, Optimisation, PairsSection
 from trainer.sources import teacher_folder
 
@@ -55,12 +55,13 @@ def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fe
         if recipe.data is not None and "data.prompts" not in missing:
             check_prompts(recipe.data)
         images = images_of(recipe)
-        if images is not None and "unet.images.images" not in missing:
-            check_images(images)
-        if isinstance(recipe, StyleRecipe):
+        if images is not None and images_field(recipe) not in missing:
+            check_images(images, images_field(recipe))
+        if isinstance(recipe, (StyleRecipe, ControlRecipe)):
             _base(recipe, teacher, settings, fetch)
-        else:
+        if isinstance(recipe, (DistillRecipe, ControlRecipe)):
             _student(recipe, teacher)
+        if isinstance(recipe, DistillRecipe):
             _decoder(recipe, teacher)
         for name, section in matching_sections(recipe):
             _feature_weights(name, section, teacher, fetch)
@@ -146,7 +147,7 @@ def _whole(field: str, shapes: TeacherShapes, folder: Path) -> None:
         raise InvalidRequest(f"{field}.scheduler.prediction_type", kind, "epsilon or v_prediction")
 
 
-def _student(recipe: DistillRecipe, teacher: TeacherShapes) -> None:
+def _student(recipe: DistillRecipe | ControlRecipe, teacher: TeacherShapes) -> None:
     """Block removal works on this teacher: every layer that stays has the same shape."""
     with torch.device("meta"):
         unet = build(UNet2DConditionModel, teacher.unet, "teacher.unet")
@@ -250,17 +251,12 @@ def _share_noise(field: str, source: str, scheduler: Any, teacher: TeacherShapes
 
 def _loras(recipe: Recipe, teacher: TeacherShapes, fetch: bool, missing: list[str]) -> None:
     """Style LoRAs fit the model they are merged into."""
-    if {"style.path", "offline.lora.path"} & set(missing):
+    style = style_of(recipe)
+    if style is None or style[0] in missing:
         return
-    if isinstance(recipe, StyleRecipe):
-        _lora("style.path", recipe.style, teacher)
-    elif recipe.offline is not None and recipe.offline.lora is not None:
-        source = offline_spec(recipe).source
-        _lora(
-            "offline.lora.path",
-            recipe.offline.lora,
-            teacher if source == recipe.teacher else _teacher("offline", source, fetch),
-        )
+    assert isinstance(recipe, (DistillRecipe, StyleRecipe))
+    source = offline_spec(recipe).source
+    _lora(*style, teacher if source == recipe.teacher else _teacher("offline", source, fetch))
 
 
 def _lora(field: str, section: LoraSection, teacher: TeacherShapes) -> None:
@@ -270,8 +266,8 @@ def _lora(field: str, section: LoraSection, teacher: TeacherShapes) -> None:
         raise InvalidRequest(field, section.path, f"{error.allowed} ({Path(section.path).name})") from error
 
 
-def _base(recipe: StyleRecipe, teacher: TeacherShapes, settings: Settings, fetch: bool) -> None:
-    """The bundle that learns a style is a student of this teacher's kind."""
+def _base(recipe: StyleRecipe | ControlRecipe, teacher: TeacherShapes, settings: Settings, fetch: bool) -> None:
+    """The bundle that learns a style or a condition is a student of this teacher's kind."""
     if not fetch and not Path(recipe.base).is_dir():
         return
     folder, _ = registry.open_model(recipe.base, settings)

@@ -5,31 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdxs.errors import InvalidRequest
-from trainer.recipe import DistillRecipe, StyleRecipe
-from trainer.sections import DataSection
+from trainer.recipe import ControlNetRecipe, DistillRecipe, RunRecipe, StyleRecipe
+from trainer.sections import DataSection, LoraSection
 
-Recipe = DistillRecipe | StyleRecipe
+Recipe = RunRecipe
 
 
 def absent(recipe: Recipe) -> list[tuple[str, str]]:
     """Files that a recipe names and that are not here: (field, path)."""
-    named = {"data.prompts": recipe.data and recipe.data.prompts, "unet.images.images": images_of(recipe)}
+    named = {"data.prompts": recipe.data and recipe.data.prompts, images_field(recipe): images_of(recipe)}
     found = [(field, path) for field, path in named.items() if path and not path.startswith("s3://") and not _files(path)]
-    style = recipe.style if isinstance(recipe, StyleRecipe) else recipe.offline.lora if recipe.offline else None
-    if style is not None and not Path(style.path).exists():
-        found.append(("style.path" if isinstance(recipe, StyleRecipe) else "offline.lora.path", style.path))
+    style = style_of(recipe)
+    if style is not None and not Path(style[1].path).exists():
+        found.append((style[0], style[1].path))
     return found
+
+
+def style_of(recipe: Recipe) -> tuple[str, LoraSection] | None:
+    """The LoRA that a recipe names, and the field of its path."""
+    if isinstance(recipe, StyleRecipe):
+        return "style.path", recipe.style
+    if isinstance(recipe, DistillRecipe) and recipe.offline is not None and recipe.offline.lora is not None:
+        return "offline.lora.path", recipe.offline.lora
+    return None
 
 
 def images_of(recipe: Recipe) -> str | None:
     """Where the real images are that a recipe distils on, if it does."""
-    return recipe.unet.images.images if isinstance(recipe, DistillRecipe) and recipe.unet.images else None
+    if isinstance(recipe, StyleRecipe):
+        return None
+    section = recipe.controlnet.images if isinstance(recipe, ControlNetRecipe) else recipe.unet.images
+    return section.images if section else None
 
 
-def check_images(images: str) -> None:
+def images_field(recipe: Recipe) -> str:
+    """The field that names them."""
+    return "controlnet.images.images" if isinstance(recipe, ControlNetRecipe) else "unet.images.images"
+
+
+def check_images(images: str, field: str) -> None:
     """There are files. What is in each is checked when they are read."""
     if not images.startswith("s3://") and not _files(images):
-        raise InvalidRequest("unet.images.images", images, "a folder, file or glob that is there and not empty")
+        raise InvalidRequest(field, images, "a folder, file or glob that is there and not empty")
 
 
 def check_prompts(data: DataSection) -> None:

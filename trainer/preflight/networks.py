@@ -21,7 +21,7 @@ from trainer.models.students import feature_names, student_config
 from trainer.preflight.given import Recipe
 from trainer.preflight.shapes import TeacherShapes, build, dinov2_config, teacher_shapes, weightless
 from trainer.preflight.trace import Trace, trace
-from trainer.recipe import DistillRecipe, StyleRecipe
+from trainer.recipe import ControlNetRecipe, DistillRecipe, StyleRecipe
 from trainer.sections import FeatureSection, PairsSection
 from trainer.stages.decoder import PatchDiscriminator
 
@@ -55,7 +55,8 @@ class Networks:
         if isinstance(recipe, StyleRecipe):
             unet = Path(recipe.base) / "unet" / "config.json"
             return dict(UNet2DConditionModel.load_config(unet)) if unet.is_file() else student_config(self.shapes.unet)
-        return student_config(self.shapes.unet, recipe.student.blocks)
+        blocks = None if isinstance(recipe, ControlNetRecipe) else recipe.student.blocks
+        return student_config(self.shapes.unet, blocks)
 
     @cached_property
     def student(self) -> Trace:

@@ -20,7 +20,7 @@ from trainer.models.students import shrink
 from trainer.preflight.checks import NOISE, drawn_sections, trained_sections
 from trainer.preflight.given import Recipe
 from trainer.preflight.shapes import TeacherShapes, family_of, feature_maps, read_shapes, teacher_shapes
-from trainer.recipe import StyleRecipe, parse
+from trainer.recipe import DistillRecipe, StyleRecipe, parse
 from trainer.sections import MatchingSection
 from trainer.sources import ASSETS, load_frozen
 
@@ -46,7 +46,7 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if isinstance(recipe, StyleRecipe):
         data["base"] = str(_small_bundle(teacher, folder / "base"))
         data["style"]["path"] = str(_small_lora(teacher, folder / "style"))
-    else:
+    if isinstance(recipe, DistillRecipe):
         data["decoder"]["config"] = _small_decoder(recipe.decoder.config, shapes)
         data["offline"] = _small_offline(data["offline"], teacher, folder)
     made = parse(data)

@@ -1,4 +1,4 @@
-"""One file per training stage; `STAGES` names those of a distillation."""
+"""One file per training stage; `STAGES` names those that run on Ray."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from trainer.loop import Stage
 from trainer.stages.context import StageContext
+from trainer.stages.control_one_step import ControlDiffInstructStage, ControlWarmupStage
+from trainer.stages.control_shrink import ControlShrinkStage
+from trainer.stages.controlnet import ControlNetStage
 from trainer.stages.decoder import DecoderStage
 from trainer.stages.diff_instruct import DiffInstructStage
 from trainer.stages.finish import FinishStage
@@ -22,4 +25,8 @@ STAGES: dict[str, Callable[[StageContext], Stage]] = {
     "diff_instruct": DiffInstructStage,
     "finish": FinishStage,
     "style": StyleStage,
+    "controlnet": ControlNetStage,
+    "control_shrink": ControlShrinkStage,
+    "control_warmup": ControlWarmupStage,
+    "control_diff_instruct": ControlDiffInstructStage,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from trainer.objectives.schedules import AdaptiveProgress, interpolate, progress
 from trainer.optimisation import Losses, Trainable
 from trainer.placement import Deal, Turn, frozen
 from trainer.plan import offline_spec
-from trainer.recipe import DistillRecipe
+from trainer.recipe import ControlNetRecipe, DistillRecipe
 from trainer.sections import DiffInstructSection
 from trainer.sources import load_frozen, teacher_folder
-from trainer.stages.context import Batch, OneStep, StageContext, load_student, received, save_network
+from trainer.stages.context import Batch, OneStep, StageContext, load_student, received, save_student
 from trainer.stages.encoders import encoder_of
 from trainer.stages.online import OnlineModel
 from trainer.stages.scores import DecoupledDmd, DiffInstruct, Draft, ScoreIdentity, ScoreObjective
@@ -40,7 +41,7 @@ class DiffInstructStage(Stage):
         self.context, self.section, self.steps, self.deal = context, section, section.steps, Deal.of(section)
         self.student = self.load(context)
         self.text, self.diffusion = context.text_encoder(), Diffusion.of(context.teacher_folder)
-        self.online = OnlineModel(section, context, self.text, offline_unet(context))
+        self.online = OnlineModel(section, context, self.text, self.online_network(context))
         self.objective = self._objective()
         self.matching = Matching(section, encoder_of(section, context, self.text)) if max(section.lambda_fm) > 0 else None
         self.adaptive = AdaptiveProgress(*section.overlap) if section.schedule_shape == "adaptive" else None
@@ -55,9 +56,16 @@ class DiffInstructStage(Stage):
         return context.recipe.diff_instruct
 
     @staticmethod
-    def load(context: StageContext) -> UNet2DConditionModel:
+    def load(context: StageContext) -> nn.Module:
         """The student as the stage before left it."""
-        return load_student(context.inputs.get("warmup") or context.inputs["unet"])
+        student: nn.Module = load_student(context.inputs.get("warmup") or context.inputs["unet"])
+        return student
+
+    @staticmethod
+    def online_network(context: StageContext) -> nn.Module:
+        """What the online model begins as."""
+        network: nn.Module = offline_unet(context)
+        return network
 
     def _trainable(self) -> Trainable:
         network: nn.Module = self.context.placement.place(self.student)
@@ -71,6 +79,7 @@ class DiffInstructStage(Stage):
         if section.decoupled is not None:
             return DecoupledDmd(section, self.diffusion, self.online.predict, section.decoupled)
         if section.sid is not None:
+            assert not isinstance(self.context.recipe, ControlNetRecipe)
             offline = Teacher.load(offline_spec(self.context.recipe), self.context.placement.device)
             return ScoreIdentity(section, self.diffusion, self.online.predict, section.sid, offline)
         return DiffInstruct(section, self.diffusion, self.online.predict)
@@ -98,10 +107,10 @@ class DiffInstructStage(Stage):
         drafts = {}
         for turn in turns:
             batch = self.context.draw(turn, self.deal.size)
-            start_BCHW = self.generate.start(batch, self.section.student_input)
+            start_BCHW = self.generate.start(batch, self.section)
             with torch.set_grad_enabled(len(turns) == 1):
-                x0_BCHW = self.generate(start_BCHW, batch.captions)
-            drafts[turn.sequence] = self.objective.renoise(batch, x0_BCHW, end)
+                x0_BCHW = self.generate(start_BCHW, batch.captions, batch.control_BHWC)
+            drafts[turn.sequence] = replace(self.objective.renoise(batch, x0_BCHW, end), start_BCHW=start_BCHW)
             if len(self._asked) < DEPTH:
                 self._ask(turn.sequence, drafts)
         return drafts
@@ -124,7 +133,7 @@ class DiffInstructStage(Stage):
     def _sampled(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """The next batch, and the student's samples for it."""
         batch = self.context.draw_from(generator, self.deal.size)
-        return batch, self.generate(self.generate.start(batch, self.section.student_input), batch.captions)
+        return batch, self.generate(self.generate.start(batch, self.section), batch.captions, batch.control_BHWC)
 
     def _losses(self, turn: Turn, drafts: dict[int, Draft], lambda_fm: float) -> Losses:
         draft = drafts[turn.sequence]
@@ -133,7 +142,8 @@ class DiffInstructStage(Stage):
             self._ask(ahead, drafts)
         x0_BCHW = draft.x0_BCHW
         if not x0_BCHW.requires_grad:
-            x0_BCHW = self.generate(self.generate.start(draft.batch, self.section.student_input), draft.batch.captions)
+            assert draft.start_BCHW is not None
+            x0_BCHW = self.generate(draft.start_BCHW, draft.batch.captions, draft.batch.control_BHWC)
         matched = self._matched(draft, x0_BCHW)  # before the replies are waited for
         replies = [received(pending)[0].to(x0_BCHW.device) for pending in self._asked.pop(turn.sequence)]
         with frozen(self.online.network):
@@ -160,7 +170,7 @@ class DiffInstructStage(Stage):
             return {}
         renoised = draft.renoised
         noisy_BCHW = self.diffusion.diffuse(x0_BCHW, renoised.noise_BCHW, renoised.t_B)  # with the student's graph
-        return {"realism": self.online.realism(noisy_BCHW, renoised.t_B, draft.batch.captions)}
+        return {"realism": self.online.realism(noisy_BCHW, renoised.t_B, draft.batch)}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -172,11 +182,12 @@ class DiffInstructStage(Stage):
             self.adaptive.load_state_dict(state["adaptive"])
 
     def export(self, folder: Path) -> None:
-        save_network(UNet2DConditionModel, self.student.config, self.trainables["unet"].averaged(), folder / "unet")
+        save_student(self.student, self.trainables["unet"].averaged(), folder)
 
 
 def offline_unet(context: StageContext) -> UNet2DConditionModel:
     """The online model's first weights: the offline model's, without the style's LoRA, which is never in the online model."""
+    assert not isinstance(context.recipe, ControlNetRecipe)
     folder = teacher_folder(offline_spec(context.recipe).source)
     network: UNet2DConditionModel = load_frozen(UNet2DConditionModel, folder / "unet")
     return network.train().requires_grad_(True)

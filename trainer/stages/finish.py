@@ -58,7 +58,7 @@ class FinishStage(Stage):
 
     def _losses(self, turn: Turn) -> Losses:
         batch = self.context.draw(turn, self.deal.size)
-        x0_BCHW = self.generate(self.generate.start(batch, self.section.student_input), batch.captions)
+        x0_BCHW = self.generate(self.generate.start(batch, self.section), batch.captions)
         self._made[turn.sequence] = (batch, x0_BCHW.detach())
         with frozen(self.discriminator):
             realism = generator_hinge(self._logits(self.discriminator, x0_BCHW, batch.captions))

@@ -20,7 +20,7 @@ from trainer.objectives.sid import sid_loss
 from trainer.optimisation import Losses
 from trainer.sections import DecoupledSection, DiffInstructSection, SidSection
 from trainer.stages.context import Batch, Predictor
-from trainer.teacher import Denoise, Request, Teacher, compact
+from trainer.teacher import Denoise, Request, Teacher, compact, control_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Renoised:
     t_B: Tensor
     noise_BCHW: Tensor
 
-    def ask(self, captions: list[str], guidance: float = 1.0) -> Denoise:
-        """For the teacher's output at it."""
-        return Denoise(compact(self.noisy_BCHW), self.t_B.cpu().numpy(), captions, guidance)
+    def ask(self, batch: Batch, guidance: float = 1.0, captions: list[str] | None = None) -> Denoise:
+        """For the teacher's output at it; by default under the batch's own captions."""
+        captions = batch.captions if captions is None else captions
+        return Denoise(compact(self.noisy_BCHW), self.t_B.cpu().numpy(), captions, guidance, control_BHWC=batch.control_BHWC)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Draft:
     x0_BCHW: Tensor
     renoised: Renoised
     augmented: Renoised | None = None
+    start_BCHW: Tensor | None = None  # what the sample was generated from
 
 
 class ScoreObjective(Protocol):
@@ -79,7 +81,7 @@ class DiffInstruct:
         return Renoised(self.diffusion.diffuse(x0_BCHW.detach(), noise_BCHW, t_B), t_B, noise_BCHW)
 
     def ask(self, draft: Draft) -> list[Request]:
-        return [draft.renoised.ask(draft.batch.captions, self.section.guidance)]
+        return [draft.renoised.ask(draft.batch, self.section.guidance)]
 
     def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
         offline_BCHW = self._x0(draft.renoised, replies[0])
@@ -90,7 +92,11 @@ class DiffInstruct:
     @torch.no_grad()
     def _online_x0(self, draft: Draft) -> Tensor:
         renoised = draft.renoised
-        return self._x0(renoised, self.online(renoised.noisy_BCHW, renoised.t_B, draft.batch.captions))
+        return self._x0(renoised, self._told(draft, renoised.noisy_BCHW))
+
+    def _told(self, draft: Draft, noisy_BCHW: Tensor) -> Tensor:
+        """The online model's output at the draft's times."""
+        return self.online(noisy_BCHW, draft.renoised.t_B, draft.batch.captions, draft.batch.control_BHWC)
 
     def _x0(self, renoised: Renoised, output_BCHW: Tensor) -> Tensor:
         return self.diffusion.x0(renoised.noisy_BCHW, output_BCHW, renoised.t_B)
@@ -118,8 +124,8 @@ class DecoupledDmd(DiffInstruct):
 
     def ask(self, draft: Draft) -> list[Request]:
         assert draft.augmented is not None
-        captions, nothing = draft.batch.captions, [""] * len(draft.batch.captions)
-        return [draft.renoised.ask(captions), draft.augmented.ask(captions), draft.augmented.ask(nothing)]
+        batch, nothing = draft.batch, [""] * len(draft.batch.captions)
+        return [draft.renoised.ask(batch), draft.augmented.ask(batch), draft.augmented.ask(batch, captions=nothing)]
 
     def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
         assert draft.augmented is not None
@@ -143,12 +149,14 @@ class ScoreIdentity(DiffInstruct):
         return []
 
     def losses(self, draft: Draft, x0_BCHW: Tensor, replies: Sequence[Tensor]) -> Losses:
-        t_B, captions = draft.renoised.t_B, draft.batch.captions
+        t_B, batch = draft.renoised.t_B, draft.batch
         noisy_BCHW = self.diffusion.diffuse(
             x0_BCHW, draft.renoised.noise_BCHW, t_B
         )  # the same x_t, now a function of the student
-        offline = self.diffusion.x0(noisy_BCHW, self.offline.guided(captions, self.section.guidance)(noisy_BCHW, t_B), t_B)
-        online = self.diffusion.x0(noisy_BCHW, self.online(noisy_BCHW, t_B, captions), t_B)
+        control = control_of(batch.control_BHWC, noisy_BCHW.device)
+        guided = self.offline.guided(batch.captions, self.section.guidance, control)
+        offline = self.diffusion.x0(noisy_BCHW, guided(noisy_BCHW, t_B), t_B)
+        online = self.diffusion.x0(noisy_BCHW, self._told(draft, noisy_BCHW), t_B)
         loss = sid_loss(x0_BCHW, offline, online, self.sid.alpha)
         gap = overlap_gap(x0_BCHW.detach(), offline.detach(), online.detach())
         return {"loss": loss, "score_gradient": (offline - online).detach().square().mean().sqrt(), "gap": gap}

@@ -14,7 +14,7 @@ from trainer.models.students import FeatureTap, feature_names, shrink
 from trainer.objectives.distillation import feature_distillation, knowledge_distillation, output_distillation
 from trainer.optimisation import Losses, stage_trainable
 from trainer.placement import Deal, Turn
-from trainer.recipe import DistillRecipe
+from trainer.recipe import ControlRecipe, DistillRecipe
 from trainer.stages.context import Ahead, Predictor, StageContext, save_network
 from trainer.teacher import Denoise, Request, compact
 
@@ -26,7 +26,7 @@ class UNetStage(Stage):
     caption_dropout = 0.1
 
     def __init__(self, context: StageContext) -> None:
-        assert isinstance(context.recipe, DistillRecipe)
+        assert isinstance(context.recipe, (DistillRecipe, ControlRecipe))
         section, placement = context.recipe.unet, context.placement
         self.context, self.section, self.steps = context, section, section.steps
         teacher = UNet2DConditionModel.from_pretrained(context.teacher_folder / "unet", torch_dtype=torch.float32)

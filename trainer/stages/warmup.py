@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.diffusion import Diffusion
@@ -15,8 +14,8 @@ from trainer.objectives.feature_matching import feature_matching
 from trainer.optimisation import Losses, stage_trainable
 from trainer.placement import Deal, Turn
 from trainer.recipe import DistillRecipe
-from trainer.sections import MatchingSection
-from trainer.stages.context import OneStep, StageContext, load_student, save_network
+from trainer.sections import MatchingSection, WarmupSection
+from trainer.stages.context import OneStep, StageContext, load_student, save_student
 from trainer.stages.encoders import Features, encoder_of
 
 
@@ -39,23 +38,33 @@ class WarmupStage(Stage):
     """The shrunk U-Net learns to land on the teacher's multi-step sample of the same noise, compared by structure, not by pixel."""
 
     def __init__(self, context: StageContext) -> None:
-        assert isinstance(context.recipe, DistillRecipe)
-        section = context.recipe.warmup
-        assert section is not None
+        section = self.section_of(context)
         self.context, self.section, self.steps, self.deal = context, section, section.steps, Deal.of(section)
-        self.student = load_student(context.inputs["unet"])
+        self.student = self.load(context)
         self.trainables = {"unet": stage_trainable(self.student, section, context.placement)}
         text, diffusion = context.text_encoder(), Diffusion.of(context.teacher_folder)
         self.generate = OneStep(self.trainables["unet"].module, text, diffusion, context.placement)
         self.matching = Matching(section, encoder_of(section, context, text))
+
+    @staticmethod
+    def section_of(context: StageContext) -> WarmupSection:
+        assert isinstance(context.recipe, DistillRecipe)
+        assert context.recipe.warmup is not None
+        return context.recipe.warmup
+
+    @staticmethod
+    def load(context: StageContext) -> nn.Module:
+        """The student as the stage before left it."""
+        student: nn.Module = load_student(context.inputs["unet"])
+        return student
 
     def step(self, index: int) -> Losses:
         return self.trainables["unet"].learn(self.deal.turns(index), self._losses)
 
     def _losses(self, turn: Turn) -> Losses:
         batch = self.context.draw(turn, self.deal.size)
-        x0_BCHW = self.generate(self.generate.start(batch, self.section.student_input), batch.captions)
+        x0_BCHW = self.generate(self.generate.start(batch, self.section), batch.captions, batch.control_BHWC)
         return self.matching(x0_BCHW, batch.target_BCHW, batch.captions)
 
     def export(self, folder: Path) -> None:
-        save_network(UNet2DConditionModel, self.student.config, self.trainables["unet"].averaged(), folder / "unet")
+        save_student(self.student, self.trainables["unet"].averaged(), folder)
