@@ -159,7 +159,7 @@ class Ablation:
             rounds = defaultdict(list)
             for turn in range(ROUNDS):
                 for name, stage in stages.items():
-                    rounds[name].append(_seconds(stage, range(1 + turn * TRIAL, 1 + (turn + 1) * TRIAL)) / TRIAL)
+                    rounds[name].append(cpu_seconds(stage, range(1 + turn * TRIAL, 1 + (turn + 1) * TRIAL)) / TRIAL)
             kept[self.world] = {name: round(statistics.median(found), 4) for name, found in rounds.items()}
             PACES.write_text(json.dumps(kept, indent=2) + "\n")
         found = kept[self.world]
@@ -169,7 +169,7 @@ class Ablation:
     def _train(self, name: str, seed: int, seconds: float, start: Path, target: Path) -> dict[str, Any]:
         """As many steps of a part as fit into the seconds."""
         running = self._stage(name, seed, round(seconds / self.paces[name]), start)
-        spent = _seconds(running, range(running.steps))
+        spent = cpu_seconds(running, range(running.steps))
         running.export(target)
         return {"steps": running.steps, "seconds": round(spent, 1)}
 
@@ -196,7 +196,7 @@ class Ablation:
         return found
 
 
-def _seconds(stage: Stage, steps: range) -> float:
+def cpu_seconds(stage: Stage, steps: range) -> float:
     """CPU seconds of this process for these steps."""
     start = time.process_time()
     for index in steps:
