@@ -1,0 +1,179 @@
+"""ControlNet residuals on their way to the U-Net, every way beside the others: what the hop costs when neither network computes.
+
+    python -m benchmarks.handover
+
+Two processes on one machine, as the two replicas are: the sender has the residuals, the receiver is a UNetService whose network reads
+every number once and answers. In turns, medians: lent in shared memory; inside the gRPC message; inside it with glibc's own memory
+settings instead of the replicas'; over the gateway, as two such messages, which the design avoids; and `fused`, the same service in the
+sender's process, with nothing between. Writes benchmarks/results/handover.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import machine, write
+from sdxs import tensors
+from sdxs.prompts import Prompts
+from sdxs.residuals import Residuals
+from sdxs.v1 import text_encoder_pb2, unet_pb2
+from services.controlnet.sending import Sender
+from services.fabric.deadline import Deadline
+from services.fabric.denoising import Facts
+from services.fabric.endpoint import Endpoint
+from services.fabric.environment import REPLICA_ENVIRONMENT
+from services.fabric.peers import Address, PeerSet
+from services.fabric.server import DataPlane
+from services.settings import ServingSettings
+from services.unet.service import DESCRIPTOR, UNetService
+
+NODE, DIGEST = "this", "sha256:0"
+LIMIT = 256 << 20
+WIDTHS = {"emoji, 64x64": (64, 128, 192), "SDXS-512, 512x512": (320, 640, 1280), "SDXS-512, 1024x1024": (320, 640, 1280)}
+LATENT = {"emoji, 64x64": 8, "SDXS-512, 512x512": 64, "SDXS-512, 1024x1024": 128}
+ROUNDS = {"emoji, 64x64": 30, "SDXS-512, 512x512": 15, "SDXS-512, 1024x1024": 5}
+UNTIMED = 2  # first rounds: memory is mapped, connections are made
+
+
+def shapes(size: str) -> list[tuple[int, ...]]:
+    """Of one image's residuals in a student of one layer a block: input, then each stage's layer and downsampler, then the mid one."""
+    side, (first, second, third) = LATENT[size], WIDTHS[size]
+    sides = [(first, side), (first, side), (first, side // 2), (second, side // 2), (second, side // 4), (third, side // 4)]
+    return [(1, width, s, s) for width, s in [*sides, sides[-1]]]
+
+
+class Reading:
+    """A U-Net that reads each residual once."""
+
+    def denoise(
+        self, noise_BCHW: np.ndarray, prompts: Prompts, residuals: Residuals | None = None, inits: Sequence[Any] = ()
+    ) -> np.ndarray:
+        """The noise."""
+        for part in residuals.parts if residuals is not None else ():
+            part.max()
+        return noise_BCHW
+
+
+def service() -> UNetService:
+    """The U-Net's room around it."""
+    facts = Facts(DIGEST, 64, (4, 8, 8), (2, 2), 0)
+    network: Any = Reading()
+    return UNetService(network, facts, ServingSettings(max_message_bytes=LIMIT))
+
+
+def request() -> unet_pb2.DenoiseRequest:
+    """Of one image."""
+    text = text_encoder_pb2.EncodeResponse(text=tensors.encode(np.zeros((2, 2), np.float32)), model_digest=DIGEST)
+    return unet_pb2.DenoiseRequest(text=text, seeds=[0])
+
+
+async def serve() -> None:
+    """The receiving process: prints its address, ends with its standard input."""
+    plane = DataPlane(Endpoint(DESCRIPTOR, service(), 8), LIMIT)
+    await plane.start("127.0.0.1:0")
+    print(json.dumps({"target": plane.address, "pid": os.getpid()}), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await plane.drain(0)
+
+
+async def measure(target: str, pid: int) -> list[dict[str, Any]]:
+    """Milliseconds of every way and size, from this process to the receiver."""
+
+    async def resolve() -> list[Address]:
+        return [Address(target, DIGEST, pid, NODE)]
+
+    peers = PeerSet("sdxs.v1.UNetService", resolve, DIGEST, max_message_bytes=LIMIT)
+    peers.open()
+    shared, inline = Sender(peers, NODE, LIMIT, LIMIT), Sender(peers, NODE, 0, LIMIT)
+    lines = []
+    for size in WIDTHS:
+        rng = np.random.default_rng(0)
+        residuals = Residuals(tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes(size)))
+
+        ways: dict[str, Callable[[], Awaitable[None]]] = {
+            "shared memory": partial(through, shared, residuals),
+            "message": partial(through, inline, residuals),
+            "two messages": partial(through, inline, residuals, 2),
+            "fused": partial(inside, residuals),
+        }
+        lines += await _rounds(size, ways, sum(part.nbytes for part in residuals.parts))
+    assert shared.inline == 0
+    assert inline.shared == 0
+    await peers.close()
+    for sender in (shared, inline):
+        sender.close()
+    return lines
+
+
+async def through(sender: Sender, residuals: Residuals, times: int = 1) -> None:
+    """So many hops, one after the other."""
+    for _ in range(times):
+        await sender.send(request(), residuals, Deadline())
+
+
+async def inside(residuals: Residuals) -> None:
+    """What is left when there is nobody to hand anything to: the network's own thread reads the residuals."""
+    noise_BCHW, prompts = np.zeros((1, 4, 8, 8), np.float32), Prompts(np.zeros((1, 2, 2), np.float32))
+    await asyncio.to_thread(Reading().denoise, noise_BCHW, prompts, residuals)
+
+
+async def _rounds(size: str, ways: dict[str, Callable[[], Awaitable[None]]], nbytes: int) -> list[dict[str, Any]]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(UNTIMED + ROUNDS[size]):
+        for name, call in ways.items():
+            start = time.perf_counter()
+            await call()
+            if turn >= UNTIMED:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return [
+        {"size": size, "way": name, "bytes": nbytes, "ms": round(statistics.median(found), 3), "worst_ms": round(max(found), 3)}
+        for name, found in times.items()
+    ]
+
+
+def pair(environment: dict[str, str]) -> list[dict[str, Any]]:
+    """Receiver and sender, both with these variables."""
+    command, env = [sys.executable, "-m", "benchmarks.handover"], {**os.environ, **environment}
+    with subprocess.Popen([*command, "--serve"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        found = json.loads(server.stdout.readline())
+        address = [found["target"], str(found["pid"])]
+        done = subprocess.run([*command, "--measure", *address], env=env, check=True, stdout=subprocess.PIPE, text=True)
+        server.stdin.close()
+    lines = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(lines, list)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", action="store_true", help="be the receiver")
+    parser.add_argument("--measure", nargs=2, metavar=("TARGET", "PID"), help="be the sender; prints JSON")
+    chosen = parser.parse_args()
+    if chosen.serve:
+        asyncio.run(serve())
+    elif chosen.measure:
+        print(json.dumps(asyncio.run(measure(chosen.measure[0], int(chosen.measure[1])))))
+    else:
+        lines = [{"memory": "replicas' settings", **line} for line in pair(dict(REPLICA_ENVIRONMENT))]
+        lines += [{"memory": "glibc's settings", **line} for line in pair({})]
+        print(write("handover", [{"machine": machine(), **line} for line in lines]))
+        for line in lines:
+            print(f"{line['memory']:20} {line['size']:22} {line['way']:14} {line['bytes'] / 1e6:6.1f} MB {line['ms']:8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
