@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,3 +74,4 @@ class StageJob:
     client: PoolClient | None  # the pool of them; without, each worker has its own
     board: Any
     cluster: Cluster = field(default_factory=Cluster)
+    folder: str = field(default_factory=os.getcwd)  # what relative paths in the recipe are meant from

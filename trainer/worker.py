@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -75,6 +76,8 @@ def _final(error: Exception) -> str | None:
 def _work(job: StageJob) -> None:
     torch.set_num_threads(job.cluster.threads)
     os.environ.update(job.settings)
+    with contextlib.suppress(OSError):  # another machine may not have it: then only addresses can be meant
+        os.chdir(job.folder)  # Ray Train works in a folder of its own
     artifacts = open_artifacts(Settings())
     stage = build_stage(job, artifacts, get_device())
     first = ray.train.get_context().get_world_rank() == 0

@@ -1,4 +1,5 @@
-"""A whole distillation on Ray Train with a real S3 server, a worker and a teacher both killed on the way."""
+"""A whole distillation on Ray Train with a real S3 server, a worker and a teacher both killed on the way. The teacher is named by a
+relative path, which workers and pool must read from the command's folder."""
 
 from __future__ import annotations
 
@@ -63,12 +64,13 @@ class Run:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, s3_variables: dict[str, str]) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("training")
-    data = tiny_recipe(tiny_teacher(folder / "teacher"))
+    data = tiny_recipe(tiny_teacher(folder / "teacher").relative_to(folder))
     data["warmup"]["steps"] = data["diff_instruct"]["steps"] = STEPS
     recipe = DistillRecipe.model_validate(data)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**s3_variables, "SDXS_CACHE_DIR": str(folder / "cache")}.items():
             patch.setenv(name, value)
+        patch.chdir(folder)
         settings, saboteur = Settings(), Saboteur()
         cluster = Cluster(checkpoint_every=50)
         with ray_session():
