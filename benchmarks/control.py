@@ -47,7 +47,7 @@ from trainer.triplets import SampleImages
 
 RESULTS = Path(__file__).parent / "results" / "control.jsonl"
 TABLE = Path(__file__).parent.parent / "docs" / "control.md"
-BUDGET = {"scenes": (150.0, 75.0), "emoji": (300.0, 100.0)}
+BUDGET = {"scenes": (150.0, 75.0), "emoji": (200.0, 70.0)}
 TRIAL = 8  # steps that tell how long one takes, after one that is not counted
 ROWS = ["every timestep only", "warm-up", "longer warm-up", "warm-up + SDI"]
 START, END = "<!-- table -->", "<!-- end of table -->"
