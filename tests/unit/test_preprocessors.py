@@ -106,7 +106,8 @@ def apart(one_HW: np.ndarray, other_HW: np.ndarray) -> float:
 
 DRAWINGS: dict[str, dict[str, Any]] = {
     "blue ballpoint": {"ink": (30, 60, 200)}, "yellow marker": {"ink": (250, 220, 60)}, "pencil": {"ink": (150, 150, 150)},
-    "chalk": {"ink": WHITE, "paper": BLACK}, "white on navy": {"ink": WHITE, "paper": (20, 20, 60)}, "cream paper": {"paper": (245, 235, 210)},
+    "chalk": {"ink": WHITE, "paper": BLACK}, "white on navy": {"ink": WHITE, "paper": (20, 20, 60)},
+    "cream paper": {"paper": (245, 235, 210)},
     "large": {"size": 2048}, "small": {"size": 128, "pen": 8}, "as small as the model": {"size": 64, "pen": 10},
     "thick pen": {"pen": 16}, "thin pen": {"pen": 2},
 }  # fmt: skip
@@ -245,7 +246,8 @@ class _Detector:
 
 
 class MidasDetector(_Detector):
-    def __call__(self, input_image, a=6.28, bg_th=0.1, depth_and_normal=False, detect_resolution=512, image_resolution=512, output_type=None):
+    def __call__(self, input_image, a=6.28, bg_th=0.1, depth_and_normal=False, detect_resolution=512, image_resolution=512,
+                 output_type=None):
         assert not depth_and_normal
         return self._run(input_image, detect_resolution, image_resolution, output_type)
 
