@@ -83,7 +83,8 @@ def recorded(folder: Path) -> OneStepPipeline:
 def latent(pipeline: OneStepPipeline, controls: list[Control]) -> np.ndarray:
     pipeline(PROMPT, SEED, controls=controls)
     assert isinstance(pipeline.decoder, Recorder)
-    return pipeline.decoder.latent_BCHW[0]
+    kept: np.ndarray = pipeline.decoder.latent_BCHW[0]
+    return kept
 
 
 def reference(
@@ -101,10 +102,12 @@ def reference(
     assert isinstance(pipeline.controlnet, MultiControlNetModel) == (len(controls) > 1)
     made = pipeline(
         PROMPT, image=maps if len(maps) > 1 else maps[0], height=size, width=size, num_inference_steps=1, guidance_scale=0.0,
-        latents=torch.from_numpy(latent_noise(SEED, shape))[None].clone(), controlnet_conditioning_scale=scales if len(scales) > 1 else scales[0],
+        latents=torch.from_numpy(latent_noise(SEED, shape))[None].clone(),
+        controlnet_conditioning_scale=scales if len(scales) > 1 else scales[0],
         guess_mode=controls[0].guess, output_type=output,
     )  # fmt: skip
-    return np.asarray(made.images)[0]
+    image: np.ndarray = np.asarray(made.images)[0]
+    return image
 
 
 def control(i: int, name: str, scale: float = 1.0, *, guess: bool = False) -> Control:

@@ -34,7 +34,7 @@ def resnet(inputs: int, outputs: int) -> int:
 
 
 def transformer(width: int, text: int, depth: int = 1) -> int:
-    """A norm, projections in and out, and `depth` layers of self-attention, cross-attention and a gated feed-forward of 4 times the width."""
+    """A norm, projections in and out, and `depth` layers of self-attention, cross-attention and a feed-forward."""
     attentions = 4 * width * width + width + 2 * width * width + 2 * text * width + width
     feed_forward = conv(width, 8 * width, 1) + conv(4 * width, width, 1)
     return 2 * width + 2 * conv(width, width, 1) + depth * (6 * width + attentions + feed_forward)
@@ -129,7 +129,8 @@ XL = [(320, 1), (320, 1), (320, 1), (320, 2), (640, 2), (640, 2), (640, 4), (128
 
 @pytest.mark.parametrize(
     ("family", "pixels", "parts", "megabytes"),
-    [("sd21", 512, SD, 8.84736), ("sd21", 1024, SD, 35.38944), ("sd15", 512, SD, 8.84736), ("sdxl", 512, XL, 13.43488), ("sdxl", 1024, XL, 53.73952)],
+    [("sd21", 512, SD, 8.84736), ("sd21", 1024, SD, 35.38944), ("sd15", 512, SD, 8.84736),
+     ("sdxl", 512, XL, 13.43488), ("sdxl", 1024, XL, 53.73952)],
 )  # fmt: skip
 def test_what_is_handed_over(family: str, pixels: int, parts: list[tuple[int, int]], megabytes: float) -> None:
     network, latent = meta(student_config(FAMILIES[family].unet)), pixels // 8
@@ -296,7 +297,8 @@ TURNED = {  # self-attention that now reads the text starts from the cross-atten
 STACK = "down_blocks.2.attentions.{}.transformer_blocks.{}"
 VEGA = {
     **{STACK.format(i, layer): STACK.format(i, kept) for i in (0, 1) for layer, kept in ((0, 0), (1, 2))},
-    **{name: name for name in (*SAME, "add_embedding", "down_blocks", "mid_block.resnets.0", "controlnet_down_blocks", "controlnet_mid_block")},
+    **{name: name for name in (*SAME, "add_embedding", "down_blocks", "mid_block.resnets.0")},
+    **{name: name for name in ("controlnet_down_blocks", "controlnet_mid_block")},
 }  # fmt: skip
 SMALL_SD = {**FAMILIES["sd21"].unet, **FAMILIES["sd21"].small_unet}
 SMALL_XL = {**FAMILIES["sdxl"].unet, **FAMILIES["sdxl"].small_unet}

@@ -12,8 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt
-from skimage.measure import label
-from skimage.morphology import thin
+from skimage import measure, morphology
 
 from sdxs.control import TYPES, Control, extract, map_of
 from sdxs.control.sketch import thinned
@@ -21,6 +20,8 @@ from sdxs.errors import InvalidRequest, PreconditionFailed
 from trainer.strokes import hand_drawn
 
 SIZE = 64
+label: Any = measure.label
+thin: Any = morphology.thin
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -64,7 +65,8 @@ def test_an_edge_is_four_times_a_step() -> None:
 
 def blobs(rng: np.random.Generator) -> np.ndarray:
     noise = cv2.GaussianBlur(rng.normal(size=(SIZE, SIZE)).astype(np.float32), (0, 0), rng.uniform(0.6, 4))
-    return (noise > noise.std() * rng.uniform(0, 1.2)).astype(np.uint8)
+    mask: np.ndarray = (noise > noise.std() * rng.uniform(0, 1.2)).astype(np.uint8)
+    return mask
 
 
 def test_thinning_is_scikit_images() -> None:
