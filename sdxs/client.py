@@ -242,7 +242,9 @@ def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
     """The message. Raises InvalidRequest for a value the wire cannot carry; whether it makes sense is the server's to say."""
     message = gateway_pb2.GenerateRequest()
     fields: dict[str, Any] = {"prompt": prompt, **options}
-    for i, control in enumerate(fields.pop("controls", ())):
+    for i, control in enumerate(fields.pop("controls", None) or ()):
+        if not isinstance(control, Control):
+            raise InvalidRequest(f"controls[{i}]", control, "an sdxs.control.Control")
         _fill(message.controls.add(), asdict(control), f"controls[{i}].")
     if "format" in options:
         fields["format"] = _format(options["format"])

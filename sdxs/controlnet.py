@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel
 from diffusers.models.embeddings import TextTimeEmbedding, TimestepEmbedding
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdxs.errors import CorruptArtifact
@@ -100,7 +101,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> ControlNetModel:
     """A ControlNet folder of either class, in eval mode, without gradients.
 
     Raises:
-        CorruptArtifact: it is none, or weights are missing, which diffusers would draw at random.
+        CorruptArtifact: it is none, its weights cannot be read, or some are missing, which diffusers would draw at random.
     """
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf8")).get("_class_name")
@@ -111,9 +112,12 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> ControlNetModel:
         raise CorruptArtifact(f"{folder.name}/config.json: {kind!r} is none of {', '.join(kinds)}")
     plain = (folder / "diffusion_pytorch_model.safetensors").is_file()
     variant = "fp16" if not plain and any(folder.glob("*.fp16*.safetensors")) else None
-    network, found = kinds[kind].from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
-    )
+    try:
+        network, found = kinds[kind].from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CorruptArtifact(f"the weights of ControlNet {folder.name!r} cannot be read: {error}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise CorruptArtifact(f"{folder.name} lacks {len(missing)} weights of its {kind}, among them {missing[0]}")

@@ -26,15 +26,17 @@ class Init(NamedTuple):
     strength: float
 
 
-def check_strength(strength: float) -> None:
+def check_strength(strength: float, init_image: bytes) -> None:
     """Raises InvalidRequest."""
+    if strength != 1 and not init_image:
+        raise InvalidRequest("strength", strength, "none without an init_image")
     if not 0 < strength <= 1:
         raise InvalidRequest("strength", strength, "above 0, at most 1")
 
 
 @dataclass(frozen=True)
 class Levels:
-    """alpha_t and sigma_t of the model's noise schedule, shape (T,), and what its output means: "epsilon" or "v_prediction"."""
+    """alpha_t and sigma_t of the model's noise schedule, shape (T,), and what its output means: "epsilon", "v_prediction" or "sample"."""
 
     alpha_T: Array
     sigma_T: Array
@@ -50,9 +52,16 @@ class Levels:
         return cls(np.sqrt(kept), np.sqrt(1 - kept), str(scheduler.config.prediction_type))
 
     def coefficients(self, t: int) -> tuple[float, float]:
-        """(a, b) of x0 = a x_t + b output."""
+        """(a, b) of x0 = a x_t + b output. Raises PreconditionFailed for an output of another meaning."""
         alpha, sigma = float(self.alpha_T[t]), float(self.sigma_T[t])
-        return (alpha, -sigma) if self.prediction_type == "v_prediction" else (1 / alpha, -sigma / alpha)
+        match self.prediction_type:
+            case "epsilon":
+                return 1 / alpha, -sigma / alpha
+            case "v_prediction":
+                return alpha, -sigma
+            case "sample":
+                return 0.0, 1.0
+        raise PreconditionFailed(f"image to image: what a U-Net's {self.prediction_type!r} means is not known")
 
 
 @dataclass(frozen=True)

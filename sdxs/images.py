@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from sdxs.control import Control
 from sdxs.errors import InvalidRequest
-from sdxs.v1 import decoder_pb2
+from sdxs.v1 import control_pb2, decoder_pb2
 
 JPEG, PNG, WEBP, RAW = (
     decoder_pb2.IMAGE_FORMAT_JPEG, decoder_pb2.IMAGE_FORMAT_PNG, decoder_pb2.IMAGE_FORMAT_WEBP, decoder_pb2.IMAGE_FORMAT_RAW,
@@ -74,6 +78,41 @@ def receipt_text(data: bytes) -> str:
     return str(text)
 
 
-def receipt(prompt: str, seed: int, model: str, digest: str) -> str:
-    """What an image follows from, as the JSON text its file carries; the same in process and served."""
-    return json.dumps({"prompt": prompt, "seed": seed, "model": model, "digest": digest})
+def receipt(prompt: str, seed: int, model: str, digest: str, steering: Mapping[str, Any] | None = None) -> str:
+    """What an image follows from, as the JSON text its file carries; the same in process and served.
+
+    Args:
+        steering: see there.
+    """
+    return json.dumps({"prompt": prompt, "seed": seed, "model": model, "digest": digest, **(steering or {})})
+
+
+def steering(controls: Iterable[Control | control_pb2.Control], init_image: bytes, strength: float) -> dict[str, Any]:
+    """A receipt's part on images that steered; empty without any.
+
+    Args:
+        controls: each with the name of its ControlNet.
+    """
+    facts: dict[str, Any] = {}
+    if applied := [_applied(control) for control in controls]:
+        facts["controls"] = applied
+    if init_image:
+        facts |= {"init_image_sha256": hashlib.sha256(init_image).hexdigest(), "strength": _decimal(strength)}
+    return facts
+
+
+def _applied(control: Control | control_pb2.Control) -> dict[str, Any]:
+    """What was asked for, and the digest of the file as it came."""
+    flags = {name: True for name in ("guess", "preprocessed") if getattr(control, name)}
+    return {
+        "type": control.type,
+        "controlnet": control.controlnet,
+        "scale": _decimal(control.scale),
+        **flags,
+        "image_sha256": hashlib.sha256(control.image).hexdigest(),
+    }
+
+
+def _decimal(value: float) -> float:
+    """As its caller wrote it: float32 makes 0.800000011920929 of 0.8 on the wire."""
+    return float(f"{value:.6g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +66,8 @@ class OneStepPipeline:
 
         Args:
             controls: images that each result follows; what several add to the U-Net is summed.
-            init_image: a file to start from; then `strength` says how far to go from it, from 0 (exclusive) to 1 (all the way).
+            init_image: a file to start from.
+            strength: how far to go from it, from 0 (exclusive) to 1 (all the way).
 
         Raises:
             InvalidRequest: something is out of range or cannot be read; names the field.
@@ -82,17 +84,25 @@ class OneStepPipeline:
         """One image of a prompt alone, uint8 (H, W, 3)."""
         return self._paint(prompt, seed, [], None)
 
+    def named(self, controls: Sequence[Control]) -> list[Control]:
+        """The controls, each with the name of the ControlNet that it picks. Raises InvalidRequest."""
+        return [replace(control, controlnet=self._name(control, f"controls[{i}]")) for i, control in enumerate(controls)]
+
     def _condition(self, control: Control, field: str) -> _Condition:
         """Raises InvalidRequest that names the part of `field` at fault."""
-        if self.controlnets is None:
-            raise InvalidRequest(field, control.type or control.controlnet, "none: this model has no ControlNet")
         check_scale(control.scale, field)
-        name = self.controlnets.pick(control, field)
+        name = self._name(control, field)
         map_HWC = map_of(control, self.manifest.image_size, field)
+        assert self.controlnets is not None
         return _Condition(name, map_HWC[None], self.controlnets.weights(control)[None])
 
+    def _name(self, control: Control, field: str) -> str:
+        if self.controlnets is None:
+            raise InvalidRequest(field, control.type or control.controlnet, "none: this model has no ControlNet")
+        return self.controlnets.pick(control, field)
+
     def _init(self, init_image: bytes, strength: float) -> Init | None:
-        check_strength(strength)
+        check_strength(strength, init_image)
         if not init_image:
             return None
         size = self.manifest.image_size

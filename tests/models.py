@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 16
@@ -32,6 +32,30 @@ def tiny_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         mid_block_type=None, cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8, use_linear_projection=True,
     )  # fmt: skip
+
+
+def tiny_controlnet(unet: UNet2DConditionModel, folder: Path, seed: int, mid: str | None = None, **options: Any) -> Path:
+    """A random ControlNet for 8-fold autoencoders whose residuals are not zero, and its folder.
+
+    Args:
+        mid: type of its mid stage, as published ones have it; None: as the U-Net.
+        options: others of its configuration.
+    """
+    from torch import nn
+
+    from sdxs.controlnet import StudentControlNetModel, config_for
+
+    torch.manual_seed(seed)
+    config = config_for(unet.config, 8) | options
+    if mid is None:
+        made = StudentControlNetModel(**config)
+    else:
+        made = ControlNetModel(**{k: v for k, v in config.items() if k != "time_embedding_dim"} | {"mid_block_type": mid})
+    for weight in made.parameters():
+        if weight.dim() > 1 and not weight.any():  # the zero convolutions
+            nn.init.normal_(weight, std=0.5)
+    made.save_pretrained(folder)
+    return folder
 
 
 def tiny_folder(folder: Path, scheduler: Any = None, seed: int = 0) -> Path:

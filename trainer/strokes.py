@@ -30,11 +30,12 @@ def hand_drawn(image_HWC: Image, rng: np.random.Generator) -> Image:
 
 
 def _outlines(image_HWC: Image, unit: float, rng: np.random.Generator) -> Image:
-    """Canny's edges with thresholds of any strictness, often after a blur that removes texture."""
-    blur = rng.uniform(0, 1.4) * unit
+    """Canny's edges with thresholds of any strictness, often after a blur that removes texture, and with it makes edges as much less
+    steep as an image is larger."""
+    blur, steepness = rng.uniform(0, 1.4) * unit, 1.0
     if blur > 0.4 * unit:
-        image_HWC = cv2.GaussianBlur(image_HWC, (0, 0), blur)
-    low = rng.uniform(30, 120)
+        image_HWC, steepness = cv2.GaussianBlur(image_HWC, (0, 0), blur), min(1.0, 1 / unit)
+    low = rng.uniform(30, 120) * steepness
     edges: Image = cv2.Canny(image_HWC, low, low * rng.uniform(1.5, 2.5))
     return edges
 

@@ -55,7 +55,9 @@ def generate(  # noqa: PLR0913  (one argument per option)
     preprocessed: Annotated[bool, typer.Option("--preprocessed", help="Each --control is the map itself.")] = False,
     guess: Annotated[bool, typer.Option("--guess", help="Deep layers follow it more than shallow ones.")] = False,
     init_image: Annotated[Path | None, typer.Option(help="Image to start from.")] = None,
-    strength: Annotated[float, typer.Option(help="How far to go from it: near 0 stays close, 1 goes all the way.")] = 0.6,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to go from it: near 0 stays close, 1 goes all the way.  [default: 0.6]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Make images of PROMPT.
@@ -70,12 +72,13 @@ def generate(  # noqa: PLR0913  (one argument per option)
     if output.suffix.lower() not in SUFFIXES:
         raise InvalidRequest("output", str(output), f"a file ending in {', '.join(SUFFIXES)}")
     image_seeds(seed, n)  # a wrong seed is said before torch is loaded
+    start_image = _read("init-image", init_image) if init_image else b""
     steering = Steering(
         controls=_controls(control or [], control_type or [], scale or [], controlnet or [], preprocessed, guess),
-        init_image=_read("init_image", init_image) if init_image else b"",
-        strength=strength if init_image else 1.0,
+        init_image=start_image,
+        strength=strength if strength is not None else 0.6 if init_image else 1.0,
     )
-    check_strength(strength)
+    check_strength(steering.strength, start_image)
     start = time.perf_counter()
     request = Request(prompt, model, seed, n, SUFFIXES[output.suffix.lower()], steering)
     files = _from_server(request, server) if server else _in_process(request)
@@ -164,7 +167,8 @@ def _in_process(request: Request) -> list[bytes]:
     pipeline, steering = OneStepPipeline.from_bundle(folder, settings), request.steering
     made = pipeline(request.prompt, request.seed, request.n, steering.controls, steering.init_image, steering.strength)
     name, digest = pipeline.manifest.name, pipeline.manifest.digest
-    receipts = [images.receipt(request.prompt, one, name, digest) for one in image_seeds(request.seed, request.n)]
+    facts = images.steering(pipeline.named(steering.controls), steering.init_image, steering.strength)
+    receipts = [images.receipt(request.prompt, one, name, digest, facts) for one in image_seeds(request.seed, request.n)]
     return [
         images.encode(np.asarray(image), images.NAMES[request.kind], receipt)
         for image, receipt in zip(made, receipts, strict=True)

@@ -59,7 +59,7 @@ def map_of(control: Control, size: int, field: str) -> np.ndarray:
 
 
 def pick(controlnets: Mapping[str, Sequence[str]], type_: str, controlnet: str, field: str) -> str:
-    """Name of the ControlNet that a control asks for.
+    """Name of the ControlNet that a control asks for: by its name, or the first that was trained for the type, or that takes any.
 
     Args:
         controlnets: those of the model, each with its types; none: any type.
@@ -80,7 +80,7 @@ def pick(controlnets: Mapping[str, Sequence[str]], type_: str, controlnet: str, 
         return controlnet
     if not type_:
         raise InvalidRequest(f"{field}.type", type_, f"a type, or the name of a ControlNet: {known}")
-    for name, types in controlnets.items():
-        if not types or type_ in types:
-            return name
+    trained = [name for name, types in controlnets.items() if type_ in types]
+    for name in trained + [name for name, types in controlnets.items() if not types]:
+        return name
     raise InvalidRequest(f"{field}.type", type_, known)

@@ -20,7 +20,7 @@ def read_image(data: bytes, field: str = "image") -> np.ndarray:
     """uint8 (H, W, 3), RGB, upright. Grey, palette, CMYK and 16-bit images are converted, transparency becomes white.
 
     Raises:
-        InvalidRequest: no bytes, not an image, cut short, animated, or too large; names `field`.
+        InvalidRequest: no bytes, not an image, broken, animated, or too large; names `field`.
     """
     if not data:
         raise InvalidRequest(field, "0 bytes", _ALLOWED)
@@ -30,11 +30,13 @@ def read_image(data: bytes, field: str = "image") -> np.ndarray:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check(image, field)
             return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except InvalidRequest:
+        raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise InvalidRequest(field, "an image of over 89 megapixels", f"at most {MAX_PIXELS // 1_000_000} megapixels") from None
     except PIL.UnidentifiedImageError:
         raise InvalidRequest(field, f"{len(data)} bytes that are no such image", _ALLOWED) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's readers raise all kinds, struct.error among them
         raise InvalidRequest(field, f"a broken image ({error})", _ALLOWED) from None
 
 
@@ -44,7 +46,7 @@ def _check(image: PIL.Image.Image, field: str) -> None:
     if width * height > MAX_PIXELS:
         raise InvalidRequest(field, f"{width}x{height} pixels", f"at most {MAX_PIXELS // 1_000_000} megapixels")
     frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":  # a photograph whose further frames are previews or depth
         raise InvalidRequest(field, f"an animation of {frames} frames", f"{_ALLOWED} of one frame")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ Image = np.ndarray
 CANNY = (100, 200)  # thresholds, those of the published edge ControlNets
 GRID = 8  # blocks of a colour map along a side
 ANNOTATORS = "lllyasviel/Annotators"
+ANNOTATED = 512  # pixels of a side that those networks look at, their library's default
 
 
 def _edge(image_HWC: Image, size: int) -> Image:
@@ -42,18 +44,27 @@ def _grey(map_HW: Image) -> Image:
 
 
 def _annotator(kind: str, detector: str) -> Callable[[Image, int], Image]:
-    """A network of the controlnet-aux library, loaded when first asked for."""
-    loaded: list[Any] = []
+    """A network of the controlnet-aux library, loaded when first asked for.
+
+    It sees a square: an image's sides are brought to multiples of 64 there, 0 among them, and a narrow one is blown up without a bound.
+    """
+
+    @functools.cache
+    def loaded() -> Any:
+        try:
+            import controlnet_aux
+        except ImportError as error:
+            raise PreconditionFailed(f'type {kind!r} needs controlnet-aux: pip install "sdxs[annotators]"') from error
+        try:
+            return getattr(controlnet_aux, detector).from_pretrained(ANNOTATORS)
+        except OSError as error:
+            raise PreconditionFailed(
+                f"type {kind!r}: the weights of {ANNOTATORS} are not here and cannot be fetched"
+            ) from error
 
     def run(image_HWC: Image, size: int) -> Image:
-        if not loaded:
-            try:
-                import controlnet_aux
-            except ImportError as error:
-                raise PreconditionFailed(f'type {kind!r} needs controlnet-aux: pip install "sdxs[annotators]"') from error
-            loaded.append(getattr(controlnet_aux, detector).from_pretrained(ANNOTATORS))
-        height, width = image_HWC.shape[:2]
-        found = loaded[0](image_HWC, detect_resolution=min(512, height, width), image_resolution=size, output_type="np")
+        square = fit(image_HWC, ANNOTATED, ANNOTATED)
+        found = loaded()(square, detect_resolution=ANNOTATED, image_resolution=ANNOTATED, output_type="np")
         return fit(np.asarray(found, np.uint8), size, size)
 
     return run

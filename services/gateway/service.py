@@ -113,7 +113,8 @@ class GatewayService:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
         order = checks.order(request, self._models, self._max_image_bytes)
-        receipts = [images.receipt(order.prompt, seed, order.model.name, order.model.digest) for seed in order.seeds]
+        steering = images.steering(order.controls, order.init_image, order.strength)
+        receipts = [images.receipt(order.prompt, seed, order.model.name, order.model.digest, steering) for seed in order.seeds]
         deadline = deadline.within(self._default_deadline_s)
         made = await self._chains[order.model.name].run(order, receipts, deadline)
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))

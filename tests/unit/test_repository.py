@@ -17,7 +17,7 @@ from services.settings import ServingSettings
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASKED_FOR = ("lowbit", "mlflow")  # extras that make setup does not install
+ASKED_FOR = ("annotators", "lowbit", "mlflow")  # extras that make setup does not install
 PROVIDERS = {"mlflow": "mlflow-skinny"}  # of modules of such extras
 TRACES = re.compile(r"/(?:work|farm|root|opt/wheels)\b/?|\bpypi\.org|pythonhosted|--(?:extra-)?index-url")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -123,7 +123,7 @@ def imported_modules(package: str) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("package", "extras"),
-    [("sdxs", ["model", "embedded"]), ("services", ["serve"]), ("trainer", ["train", "lowbit", "mlflow"])],
+    [("sdxs", ["model", "embedded", "annotators"]), ("services", ["serve"]), ("trainer", ["train", "lowbit", "mlflow"])],
 )
 def test_imports_are_declared_dependencies(package: str, extras: list[str]) -> None:
     ours = {"sdxs", "services", "trainer"}

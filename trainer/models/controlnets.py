@@ -91,7 +91,7 @@ def load_controlnet(folder: Path, dtype: torch.dtype = torch.float32) -> Control
 
 def as_condition(map_BHWC: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """Maps in uint8 as a network takes them: [0, 1], shape (B, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(map_BHWC)).to(device).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.array(map_BHWC)).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def residuals(
