@@ -202,9 +202,7 @@ class ControlNets:
             inits: as the U-Net's.
         """
         entry = enter(noise_BCHW, self.constants, self.levels, inits)
-        maps_BCHW = (torch.from_numpy(np.ascontiguousarray(maps_BHWC)).permute(0, 3, 1, 2).float() / 255).contiguous(
-            memory_format=torch.channels_last
-        )
+        maps_BCHW = (torch.tensor(maps_BHWC).permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
         down, mid = self.networks[name](
             *_entering(entry), _tensor(prompts.text_BLD), controlnet_cond=maps_BCHW,
             added_cond_kwargs=_added(prompts, self.image_size), return_dict=False,
@@ -271,7 +269,7 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, image_BHWC: Array) -> Array:
         """float32 latents, in the U-Net's scale, of uint8 images; the mean where the encoder gives a distribution."""
-        image_BCHW = torch.from_numpy(np.ascontiguousarray(image_BHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        image_BCHW = torch.tensor(image_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
         found = self.network.encode(image_BCHW.contiguous(memory_format=torch.channels_last))
         latent = found.latents if hasattr(found, "latents") else found.latent_dist.mean
         scaled: Array = (latent.float() * self.network.config.scaling_factor).contiguous().numpy()

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 from redis.exceptions import RedisError
 
-from sdxs.errors import InvalidRequest, NotFound
+from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
 from sdxs.images import extension, media_type
 from sdxs.store import ObjectStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
@@ -76,7 +76,7 @@ class Worker:
         try:
             if not await self._queue.succeed(delivery, await self._make(delivery)):
                 logger.warning("job %s was over before this worker had done it", delivery.job_id)
-        except (InvalidRequest, NotFound) as error:
+        except (InvalidRequest, NotFound, PreconditionFailed) as error:
             await self._queue.refuse(delivery, gateway_pb2.JobError(code=error.code, message=str(error), field=error.field))
         except RedisError:
             raise
