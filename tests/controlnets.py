@@ -31,7 +31,7 @@ def add_controlnets(folder: Path, types: Mapping[str, Sequence[str]], upsampling
         for layer in network.controlnet_cond_embedding.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(layer.weight)
-                torch.nn.init.zeros_(layer.bias)
+                layer.bias = torch.nn.Parameter(torch.zeros(layer.out_channels))
         network.save_pretrained(folder / "controlnet" / name)
         (folder / "controlnet" / name / CONTROL_TYPES).write_text(json.dumps(list(known)))
     return folder

@@ -19,7 +19,7 @@ from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
 from services.fabric.handover import Borrower, Extents, Lender, _open
 
-SHAPES = [(2, 3, 4, 5), (2, 1, 2, 2), (2, 7, 1, 1)]
+SHAPES: list[tuple[int, ...]] = [(2, 3, 4, 5), (2, 1, 2, 2), (2, 7, 1, 1)]
 SIZE = 1 << 16
 
 
