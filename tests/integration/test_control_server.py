@@ -33,7 +33,7 @@ DRAWING, OTHER, SMALL = drawing(), drawing(shift=9), drawing((13, 70))
 
 
 @contextmanager
-def serving(folder: Path, fused: bool = False, **values: object) -> Iterator[str]:
+def serving(folder: Path, fused: bool = False, **values: Any) -> Iterator[str]:
     """A server of that bundle in a thread of its own; its address."""
     address = f"127.0.0.1:{free_port()}"
     settings = ServingSettings.model_validate({"redis_url": "", "gateway_address": address, "drain_s": 1, **values})
@@ -72,8 +72,8 @@ def senders() -> Iterator[list[Sender]]:
 
 @pytest.fixture(scope="module")
 def address(control_bundle: Path, redis_url: str, s3_variables: dict[str, str], senders: list[Sender]) -> Iterator[str]:
-    values = {name.removeprefix("SDXS_").lower(): value for name, value in s3_variables.items()}
-    with serving(control_bundle, **{**values, "redis_url": redis_url, "job_visibility_s": 2}) as address:
+    values: dict[str, Any] = {name.removeprefix("SDXS_").lower(): value for name, value in s3_variables.items()}
+    with serving(control_bundle, **values, redis_url=redis_url, job_visibility_s=2) as address:
         yield address
 
 
