@@ -202,7 +202,7 @@ class ControlNets:
             inits: as the U-Net's.
         """
         entry = enter(noise_BCHW, self.constants, self.levels, inits)
-        maps_BCHW = (torch.tensor(maps_BHWC).permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
+        maps_BCHW = (_pixels(maps_BHWC) / 255).contiguous(memory_format=torch.channels_last)
         down, mid = self.networks[name](
             *_entering(entry), _tensor(prompts.text_BLD), controlnet_cond=maps_BCHW,
             added_cond_kwargs=_added(prompts, self.image_size), return_dict=False,
@@ -214,6 +214,11 @@ class ControlNets:
 def _tensor(array: Array) -> torch.Tensor:
     """float32, contiguous; the array's own memory where it is so already."""
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _pixels(image_BHWC: Array) -> torch.Tensor:
+    """float32 (B, 3, H, W), 0 to 255, of uint8; copied, because what is read from a file or a message is often read-only."""
+    return torch.from_numpy(np.array(image_BHWC)).permute(0, 3, 1, 2).float()
 
 
 class Decoder:
@@ -269,7 +274,7 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, image_BHWC: Array) -> Array:
         """float32 latents, in the U-Net's scale, of uint8 images; the mean where the encoder gives a distribution."""
-        image_BCHW = torch.tensor(image_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+        image_BCHW = _pixels(image_BHWC) / 127.5 - 1
         found = self.network.encode(image_BCHW.contiguous(memory_format=torch.channels_last))
         latent = found.latents if hasattr(found, "latents") else found.latent_dist.mean
         scaled: Array = (latent.float() * self.network.config.scaling_factor).contiguous().numpy()

@@ -18,6 +18,8 @@ Shape = tuple[int, int, int]
 class Receiver:
     """Checks them here, one request at a time: in the network they would fail the whole batch, other callers' images included.
 
+    A residual may be [images, C, 1, 1] too: some ControlNets add means of their maps.
+
     Args:
         shapes: of the residuals of one image, (C, h, w) each.
     """
@@ -42,21 +44,23 @@ class Receiver:
 
     def _borrowed(self, message: unet_pb2.SharedResiduals, count: int) -> Residuals:
         self._check_number("shared.shapes", len(message.shapes))
-        for i, (given, shape) in enumerate(zip(message.shapes, self._shapes, strict=True)):
-            if tuple(given.sizes) != (count, *shape):
-                raise InvalidRequest(f"shared.shapes[{i}]", list(given.sizes), str([count, *shape]))
+        for i, shape in enumerate(message.shapes):
+            self._check_shape(f"shared.shapes[{i}]", tuple(shape.sizes), (count, *self._shapes[i]))
         return self._borrower.read(message)
 
     def _decoded(self, message: unet_pb2.InlineResiduals, count: int) -> Residuals:
         self._check_number("inline.parts", len(message.parts))
-        parts = [
-            tensors.decode(part, f"inline.parts[{i}]", (count, *shape))
-            for i, (part, shape) in enumerate(zip(message.parts, self._shapes, strict=True))
-        ]
+        parts = [tensors.decode(part, f"inline.parts[{i}]") for i, part in enumerate(message.parts)]
         for i, part in enumerate(parts):
+            self._check_shape(f"inline.parts[{i}].shape", part.shape, (count, *self._shapes[i]))
             if part.dtype != np.float32:
                 raise InvalidRequest(f"inline.parts[{i}].element_type", str(part.dtype), "float32")
         return Residuals(tuple(parts))
+
+    @staticmethod
+    def _check_shape(field: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found not in (expected, (*expected[:2], 1, 1)):
+            raise InvalidRequest(field, list(found), str(list(expected)))
 
     def _check_number(self, field: str, found: int) -> None:
         if found != len(self._shapes):
@@ -68,6 +72,17 @@ def _check_numbers(residuals: Residuals, field: str) -> None:
     for i, part in enumerate(residuals.parts):
         if not np.isfinite(part).all():
             raise InvalidRequest(field.format(i), "not a number or infinite", "finite numbers")
+
+
+def together(residuals: Sequence[Residuals | None], shapes: Sequence[Shape]) -> Residuals | None:
+    """Of the images of a batch, zeros for those without; None when none has any."""
+    if all(each is None for each in residuals):
+        return None
+    zeros = Residuals(tuple(np.zeros((1, *shape), np.float32) for shape in shapes))
+    rows = [each or zeros for each in residuals]
+    return Residuals(
+        tuple(np.concatenate([np.broadcast_to(row.parts[i], (1, *shape)) for row in rows]) for i, shape in enumerate(shapes))
+    )
 
 
 def residual_shapes(network: Any, latent_shape: Shape) -> tuple[Shape, ...]:

@@ -10,14 +10,13 @@ import numpy as np
 from sdxs import tensors
 from sdxs.noise import MAX_IMAGES
 from sdxs.prompts import Prompts
-from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
 from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
 from services.fabric.denoising import Facts, Image
 from services.settings import ServingSettings
-from services.unet.receiving import Receiver, residual_shapes
+from services.unet.receiving import Receiver, residual_shapes, together
 
 if TYPE_CHECKING:
     from sdxs.stages import ControlNets, UNet
@@ -43,7 +42,8 @@ class UNetService:
         self._unet = unet
         self._facts = facts
         self._controlnets = controlnets
-        self._receiver = Receiver(residual_shapes(unet.network, facts.latent_shape))
+        self._shapes = residual_shapes(unet.network, facts.latent_shape)
+        self._receiver = Receiver(self._shapes)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 
     def close(self) -> None:
@@ -82,14 +82,8 @@ class UNetService:
             added = [here.residuals or given for here, given in zip(guided, added, strict=True)]
             batches = [here.batch for here in guided]
         prompts = Prompts.stack([image.prompt for image in images])
-        latents = self._unet.denoise(noise_BCHW, prompts, _together(added), [image.init for image in images])
+        latents = self._unet.denoise(noise_BCHW, prompts, together(added, self._shapes), [image.init for image in images])
         return [_Done(latent, batch) for latent, batch in zip(latents, batches, strict=True)]
-
-
-def _together(residuals: Sequence[Residuals | None]) -> Residuals | None:
-    """Of a batch, zeros for images without; None when none has any."""
-    like = next((each for each in residuals if each is not None), None)
-    return None if like is None else Residuals.stack(residuals, like)
 
 
 def load(folder: Path, model_digest: str, settings: ServingSettings, fused: bool = False) -> UNetService:

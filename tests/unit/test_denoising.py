@@ -231,6 +231,20 @@ def latent(answer: unet_pb2.DenoiseResponse) -> np.ndarray:
     return tensors.decode(answer.latent, "latent")
 
 
+async def test_means_are_added_everywhere(room: UNetService, controlnets: ControlNets, facts: Facts) -> None:
+    """As ControlNets with global_pool_conditions give them: alone, and in a batch with others that fill their maps."""
+    full = added(controlnets, facts)
+    means = Residuals(tuple(part.mean(axis=(2, 3), keepdims=True) for part in full.parts))
+    spread = Residuals(tuple(np.broadcast_to(mean, part.shape) for mean, part in zip(means.parts, full.parts, strict=True)))
+    alone, expected = [await room.denoise(asked(facts, each), Deadline()) for each in (means, spread)]
+    assert alone.latent == expected.latent
+    calls = [room.denoise(asked(facts, each), Deadline()) for each in (full, means, None, full, means)]
+    answers = await asyncio.gather(*calls)
+    assert max(answer.batch for answer in answers) > 1
+    for i in (1, 4):
+        np.testing.assert_allclose(latent(answers[i]), latent(alone), atol=1e-5)
+
+
 async def test_shared_residuals_are_checked_as_those_in_the_message(
     room: UNetService, controlnets: ControlNets, facts: Facts
 ) -> None:
