@@ -25,6 +25,9 @@ from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
 
+JOB_PATIENCE = 10
+"""Times job_visibility_s: how long one delivery of a job may take, an outage that is waited out included."""
+
 Generate = Callable[[bytes, Deadline], Awaitable[bytes]]
 
 
@@ -101,7 +104,7 @@ class Worker:
 
     async def _make(self, delivery: Delivery) -> gateway_pb2.GetJobResponse:
         """Generate and store. The keys follow from the job's id, so doing it twice changes nothing."""
-        answer = await self._generate(delivery.request, Deadline.after(10 * self._visibility_s))
+        answer = await self._generate(delivery.request, Deadline.after(JOB_PATIENCE * self._visibility_s))
         generated = gateway_pb2.GenerateResponse.FromString(answer)
         outcome = gateway_pb2.GetJobResponse(receipt=generated.receipt)
         for index, image in enumerate(generated.images):

@@ -31,7 +31,8 @@ def gateway(control_bundle: Path, tmp_path: Path) -> Iterator[str]:
     """An application on two nodes, its gateway SERVING."""
     address = f"127.0.0.1:{free_port()}"
     one, beside = Placement(), Placement(replicas=2, max_replicas_per_node=1)
-    variables = {**LOCAL_RAY, **REPLICA_ENVIRONMENT, "SDXS_GATEWAY_ADDRESS": address, "SDXS_REDIS_URL": ""}
+    ours = {"SDXS_GATEWAY_ADDRESS": address, "SDXS_REDIS_URL": "", "RAY_raylet_start_wait_time_s": "120"}
+    variables = {**LOCAL_RAY, **REPLICA_ENVIRONMENT, **ours}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)

@@ -207,15 +207,21 @@ async def test_a_second_try_is_encoded_for_the_peer_that_gets_it(site: Site, pee
     assert asked == [full, free]
 
 
-async def test_a_peer_that_says_unavailable_itself_is_not_gone(site: Site, peers: PeerSet) -> None:
-    """As a ControlNet's room does that has found no U-Net: its callers hear so at once, and it stays."""
+async def test_a_peer_that_waits_for_others_is_not_gone(site: Site, peers: PeerSet) -> None:
+    """As a ControlNet's room that finds no U-Net: callers try again while they have patience, then hear what it says."""
     room = Room("waiting")
     room.error = Unavailable("no replica answers for sdxs.v1.UNetService")
     await site.add(room)
     await known(peers, 1)
+    first = peers._peers.copy()
+    call = asyncio.create_task(name_of(peers))
+    await until(lambda: room.calls > 2)
+    room.error = None
+    assert await call == "waiting"
+    room.error, peers.patience_s = Unavailable("no replica answers for sdxs.v1.UNetService"), 0.3
     with pytest.raises(Unavailable, match=r"sdxs\.v1\.UNetService"):
         await name_of(peers)
-    assert (room.calls, peers.ready) == (1, True)
+    assert peers._peers == first, "dropped"
 
 
 async def test_a_refusal_is_not_tried_elsewhere(site: Site, peers: PeerSet) -> None:
