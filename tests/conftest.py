@@ -27,6 +27,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def control_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two ControlNets that are random too: `lines` (edge, sketch) and `paint` (colour)."""
+    from tests.controlnets import control_folder
+
+    return control_folder(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def redis_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A real Redis-compatible server; the SDXS_* variables that lead to it."""
     from sdxs.embedded import redis_server

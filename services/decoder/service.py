@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdxs import bundle, control, images, tensors
-from sdxs.errors import CorruptArtifact, InvalidRequest, PreconditionFailed
+from sdxs.errors import InvalidRequest, PreconditionFailed
 from sdxs.noise import MAX_IMAGES
 from sdxs.v1 import decoder_pb2, unet_pb2
 from services.fabric.batcher import GreedyBatcher
@@ -104,8 +104,8 @@ def load(folder: Path, model_digest: str, settings: ServingSettings) -> DecoderS
 
     try:
         encoder = Encoder.from_bundle(folder, settings)
-    except CorruptArtifact as error:  # a student's decoder may come alone
-        logger.info("no image to image: %s", error)
+    except PreconditionFailed as error:  # a student's decoder may come alone
+        logger.info("%s", error)
         encoder = None
     size = bundle.facts(folder).image_size
     return DecoderService(Decoder.from_bundle(folder, settings), model_digest, size, settings, encoder)

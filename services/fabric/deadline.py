@@ -21,6 +21,11 @@ class Deadline:
         """The earlier of this deadline and one so many seconds from now."""
         return Deadline(min(self.at, time.monotonic() + seconds))
 
+    @property
+    def passed(self) -> bool:
+        """Whether no time is left."""
+        return time.monotonic() >= self.at
+
     def remaining(self) -> float | None:
         """Seconds left, None without a limit. Raises DeadlineExceeded when none are left."""
         if self.at == float("inf"):

@@ -4,7 +4,7 @@ The lender owns an anonymous file (memfd) and lends pieces of it; the borrower m
 reads views of it. The file has no name and belongs to the processes that hold it: killed, they leave nothing behind. Its size never
 changes, and pages that were never written take no memory.
 
-Knows arrays and processes; does not know who calls whom (services.fabric.guidance does).
+Knows arrays and processes; does not know who calls whom (services.controlnet.sending and services.unet.receiving do).
 """
 
 import contextlib
@@ -175,11 +175,13 @@ def _open(message: unet_pb2.SharedResiduals) -> _Segment:
     pidfd = fd = -1
     try:
         pidfd = os.pidfd_open(message.pid)
-        fd = os.open(f"/proc/{message.pid}/fd/{message.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        # A stranger's file there may be a FIFO, which without O_NONBLOCK is waited for.
+        fd = os.open(f"/proc/{message.pid}/fd/{message.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise OSError("not sealed: it might shrink under its reader")
         memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         if len(message.nonce) != _NONCE_BYTES or memory[:_NONCE_BYTES] != message.nonce:
+            memory.close()
             raise OSError("another process has these numbers here")
         return _Segment(memory, os.dup(pidfd))
     except (OSError, OverflowError, ValueError) as error:

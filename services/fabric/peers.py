@@ -122,7 +122,7 @@ class PeerSet:
         await asyncio.gather(*self._closing)
 
     async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
-        """See Stage. Waits for a peer at most `patience_s`, then raises Unavailable."""
+        """See Stage. Waits for a peer, and for those that it needs in turn, at most `patience_s`; then raises Unavailable."""
         patience = deadline.within(self.patience_s)
         full: set[_Peer] = set()
         while True:
@@ -130,8 +130,10 @@ class PeerSet:
             try:
                 return await self._call(peer, name, _for(peer.address, payload), deadline)
             except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                if error.code() is grpc.StatusCode.UNAVAILABLE and not _told(error):
                     self._drop(peer)
+                elif error.code() is grpc.StatusCode.UNAVAILABLE and not patience.passed:
+                    await asyncio.sleep(_PACE_S)  # whom it needs itself may come
                 elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and len(full) + 1 < len(self._peers):
                     full.add(peer)
                 else:
@@ -222,3 +224,8 @@ class PeerSet:
 def _for(address: Address, payload: Payload) -> bytes:
     """The request for that peer."""
     return payload if isinstance(payload, bytes) else payload(address)
+
+
+def _told(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the room itself says so: its own error has details, that of a broken connection none."""
+    return any(key == rpc.DETAILS_KEY for key, _ in error.trailing_metadata())

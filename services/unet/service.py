@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdxs import tensors
-from sdxs.errors import InvalidRequest
 from sdxs.noise import MAX_IMAGES
 from sdxs.prompts import Prompts
-from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
 from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
 from services.fabric.denoising import Facts, Image
-from services.fabric.handover import Borrower
 from services.settings import ServingSettings
+from services.unet.receiving import Receiver, residual_shapes, together
 
 if TYPE_CHECKING:
     from sdxs.stages import ControlNets, UNet
@@ -44,13 +42,14 @@ class UNetService:
         self._unet = unet
         self._facts = facts
         self._controlnets = controlnets
-        self._borrower = Borrower()
+        self._shapes = residual_shapes(unet.network, facts.latent_shape)
+        self._receiver = Receiver(self._shapes)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 
     def close(self) -> None:
         """After the last call."""
         self._batcher.close()
-        self._borrower.close()
+        self._receiver.close()
 
     async def warm(self) -> None:
         """Pay for the first forward pass now."""
@@ -61,7 +60,7 @@ class UNetService:
         deadline.remaining()
         images = denoising.read(request, self._facts)
         conditions = await denoising.prepare(request.controls, self._controlnets, self._facts)
-        residuals = self._residuals(request)
+        residuals = await self._receiver.read(request)
         images = [
             dataclasses.replace(image, conditions=conditions, residuals=given)
             for image, given in zip(images, residuals, strict=True)
@@ -74,21 +73,6 @@ class UNetService:
             controlnet_batch=max(done.result.controlnet_batch for done in computed),
         )
 
-    def _residuals(self, request: unet_pb2.DenoiseRequest) -> Sequence[Residuals | None]:
-        """For each image of the request. Raises InvalidRequest: field `shared` when they are in memory out of reach."""
-        which = request.WhichOneof("residuals")
-        if which is None:
-            return [None] * len(request.seeds)
-        if which == "shared":
-            found = self._borrower.read(request.shared)
-        else:
-            parts = [tensors.decode(part, f"inline.parts[{i}]") for i, part in enumerate(request.inline.parts)]
-            found = Residuals(tuple(parts))
-        sizes = {part.shape[0] if part.ndim == 4 else -1 for part in found.parts}
-        if sizes != {len(request.seeds)}:
-            raise InvalidRequest("residuals", sorted(sizes), f"[{len(request.seeds)}, channels, height, width] each")
-        return found.rows()
-
     def _compute(self, images: Sequence[Image]) -> Sequence[_Done]:
         """One forward pass."""
         noise_BCHW = denoising.noise(images, self._facts)
@@ -98,14 +82,8 @@ class UNetService:
             added = [here.residuals or given for here, given in zip(guided, added, strict=True)]
             batches = [here.batch for here in guided]
         prompts = Prompts.stack([image.prompt for image in images])
-        latents = self._unet.denoise(noise_BCHW, prompts, _together(added), [image.init for image in images])
+        latents = self._unet.denoise(noise_BCHW, prompts, together(added, self._shapes), [image.init for image in images])
         return [_Done(latent, batch) for latent, batch in zip(latents, batches, strict=True)]
-
-
-def _together(residuals: Sequence[Residuals | None]) -> Residuals | None:
-    """Of a batch, zeros for images without; None when none has any."""
-    like = next((each for each in residuals if each is not None), None)
-    return None if like is None else Residuals.stack(residuals, like)
 
 
 def load(folder: Path, model_digest: str, settings: ServingSettings, fused: bool = False) -> UNetService:

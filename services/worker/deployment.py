@@ -9,7 +9,7 @@ from services.fabric.deadline import Deadline
 from services.fabric.discovery import replicas
 from services.fabric.jobs import open_queue
 from services.settings import ServingSettings
-from services.worker.service import Worker
+from services.worker.service import JOB_PATIENCE, Worker
 
 
 class WorkerReplica:
@@ -17,7 +17,8 @@ class WorkerReplica:
 
     async def __init__(self, gateway: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
-        self._gateways = replicas("sdxs.v1.GatewayService", gateway, "", settings)
+        patient = settings.model_copy(update={"patience_s": JOB_PATIENCE * settings.job_visibility_s})
+        self._gateways = replicas("sdxs.v1.GatewayService", gateway, "", patient)
         self._gateways.open()
         self._queue = open_queue(settings)
         self._worker = Worker(self._queue, lambda: open_store(settings), self._generate, settings)

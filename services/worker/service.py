@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 from redis.exceptions import RedisError
 
-from sdxs.errors import InvalidRequest, NotFound
+from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
 from sdxs.images import extension, media_type
 from sdxs.store import ObjectStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
@@ -24,6 +24,9 @@ from services.fabric.jobs import Delivery, JobQueue
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
+
+JOB_PATIENCE = 10
+"""Times job_visibility_s: how long one delivery of a job may take, an outage that is waited out included."""
 
 Generate = Callable[[bytes, Deadline], Awaitable[bytes]]
 
@@ -76,7 +79,7 @@ class Worker:
         try:
             if not await self._queue.succeed(delivery, await self._make(delivery)):
                 logger.warning("job %s was over before this worker had done it", delivery.job_id)
-        except (InvalidRequest, NotFound) as error:
+        except (InvalidRequest, NotFound, PreconditionFailed) as error:
             await self._queue.refuse(delivery, gateway_pb2.JobError(code=error.code, message=str(error), field=error.field))
         except RedisError:
             raise
@@ -101,7 +104,7 @@ class Worker:
 
     async def _make(self, delivery: Delivery) -> gateway_pb2.GetJobResponse:
         """Generate and store. The keys follow from the job's id, so doing it twice changes nothing."""
-        answer = await self._generate(delivery.request, Deadline.after(10 * self._visibility_s))
+        answer = await self._generate(delivery.request, Deadline.after(JOB_PATIENCE * self._visibility_s))
         generated = gateway_pb2.GenerateResponse.FromString(answer)
         outcome = gateway_pb2.GetJobResponse(receipt=generated.receipt)
         for index, image in enumerate(generated.images):

@@ -1,5 +1,6 @@
 """One `sdxs serve` for the whole session: the real command in a process of its own, on Ray Serve."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from sdxs.client import Client
 from sdxs.embedded import free_port
 
-START_S = 240  # six processes that import torch or Ray; a machine at work elsewhere may need minutes
+START_S = 240  # seven processes that import torch or Ray; a machine at work elsewhere may need minutes
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Served:
     process: "subprocess.Popen[bytes]"
     log: Path
     seconds: float
+    bundle: Path
 
     def replicas(self, deployment: str) -> set[int]:
         """Process ids of a deployment's replicas on this server's Ray, by the titles Ray gives its workers."""
@@ -40,6 +42,12 @@ def descendants(pid: int) -> set[int]:
         level = {child for child, parent in _parents().items() if parent in level} - below
         below |= level
     return below
+
+
+def mapped(pid: int) -> set[str]:
+    """The lenders whose residuals a process has mapped, its own included, by inode."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split()[4] for line in maps if "sdxs-residuals" in line}
 
 
 def _parents() -> dict[int, int]:
@@ -63,18 +71,28 @@ def _title(pid: int) -> str:
 
 @pytest.fixture(scope="session")
 def served(
-    tiny_bundle: Path, redis_variables: dict[str, str], s3_variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    control_bundle: Path,
+    redis_variables: dict[str, str],
+    s3_variables: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
+    """With ControlNets in a replica of their own."""
+    with serving(control_bundle, tmp_path_factory.mktemp("serve") / "log", {**redis_variables, **s3_variables}) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, log: Path, variables: dict[str, str], *options: str) -> Iterator[Served]:
+    """The command in a process of its own, SERVING; at the end of the block it is stopped."""
     address = f"127.0.0.1:{free_port()}"
-    log = tmp_path_factory.mktemp("serve") / "log"
     sdxs = str(Path(sys.executable).with_name("sdxs"))
-    command = [sdxs, "serve", "--model", str(tiny_bundle), "--port", address.rpartition(":")[2]]
+    command = [sdxs, "serve", "--model", str(bundle), "--port", address.rpartition(":")[2], *options]
     began = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env={**os.environ, **redis_variables, **s3_variables}, stdout=output, stderr=output)
+        process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=output, stderr=output)
     try:
         _wait_serving(process, address, log)
-        yield Served(address, process, log, time.monotonic() - began)
+        yield Served(address, process, log, time.monotonic() - began, bundle)
         _stop(process, log)
     finally:
         process.kill()

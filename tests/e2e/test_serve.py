@@ -19,15 +19,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sdxs import images
 from sdxs.client import Client
+from sdxs.control import Control
+from sdxs.errors import SdxsError
 from sdxs.pipeline import OneStepPipeline
-from sdxs.v1 import gateway_pb2
-from tests.e2e.conftest import Served
-from tests.serving import BAD_REQUESTS, in_process, refusal
+from sdxs.v1 import control_pb2, gateway_pb2
+from tests.controlnets import drawing
+from tests.e2e.conftest import Served, mapped, serving
+from tests.serving import BAD_REQUESTS, INVALID, in_process, refusal
 
 pytestmark = pytest.mark.timeout(400)
 
 PROMPT = "red apple"
-DEPLOYMENTS = ("text_encoder", "unet", "decoder", "gateway", "worker")
+DEPLOYMENTS = ("text_encoder", "unet", "controlnet", "decoder", "gateway", "worker")
+DRAWING = drawing()
 
 
 @pytest.fixture
@@ -38,8 +42,8 @@ def client(served: Served) -> Iterator[Client]:
 
 def test_every_room_is_a_process_of_its_own(served: Served) -> None:
     pids = [served.replicas(deployment) for deployment in DEPLOYMENTS]
-    assert [len(one) for one in pids] == [1, 1, 1, 1, 1]
-    assert len(set().union(*pids)) == 5
+    assert [len(one) for one in pids] == [1] * 6
+    assert len(set().union(*pids)) == 6
 
 
 def test_health_speaks_the_standard_protocol(served: Served) -> None:
@@ -54,13 +58,13 @@ def test_health_speaks_the_standard_protocol(served: Served) -> None:
 
 
 @pytest.mark.parametrize("name", ["raw", "png", "jpeg"])
-def test_a_served_file_is_the_in_process_file(client: Client, tiny_bundle: Path, name: str) -> None:
+def test_a_served_file_is_the_in_process_file(client: Client, control_bundle: Path, name: str) -> None:
     served = client.generate(PROMPT, seed=7, format=name)
-    assert served.images[0].data == in_process(tiny_bundle, PROMPT, 7, images.NAMES[name])
+    assert served.images[0].data == in_process(control_bundle, PROMPT, 7, images.NAMES[name])
 
 
-def test_under_load_images_differ_by_rounding_at_most(client: Client, tiny_bundle: Path) -> None:
-    pipeline = OneStepPipeline.from_bundle(tiny_bundle)
+def test_under_load_images_differ_by_rounding_at_most(client: Client, control_bundle: Path) -> None:
+    pipeline = OneStepPipeline.from_bundle(control_bundle)
     with ThreadPoolExecutor(8) as threads:
         served = list(threads.map(lambda seed: client.generate(PROMPT, seed=seed, format="raw"), range(48)))
     for seed, one in enumerate(served):
@@ -75,11 +79,11 @@ def test_a_bad_request_names_its_field(served: Served, payload: bytes, code: grp
     assert "Traceback" not in found.message
 
 
-def test_a_job_ends_as_a_file_behind_a_url(client: Client, tiny_bundle: Path) -> None:
+def test_a_job_ends_as_a_file_behind_a_url(client: Client, control_bundle: Path) -> None:
     job = client.wait_job(client.submit_job(PROMPT, seed=7, format="png"))
     assert job.state == gateway_pb2.JOB_STATE_SUCCEEDED
     data = urllib.request.urlopen(job.images[0].url, timeout=10).read()
-    assert data == in_process(tiny_bundle, PROMPT, 7, images.PNG)
+    assert data == in_process(control_bundle, PROMPT, 7, images.PNG)
     assert job.images[0].sha256 == hashlib.sha256(data).hexdigest()
 
 
@@ -91,11 +95,70 @@ def test_a_passed_deadline_is_told(served: Served) -> None:
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What steers an image, as the server and the pipeline take it."""
+
+    controls: tuple[Control, ...] = ()
+    init_image: bytes = b""
+    strength: float = 1.0
+
+    def of(self, client: Client, seed: int = 7, **options: Any) -> Any:
+        if self.init_image:
+            options |= {"init_image": self.init_image, "strength": self.strength}
+        return client.generate(PROMPT, seed=seed, format="raw", controls=self.controls, **options)
+
+    def here(self, pipeline: OneStepPipeline, seed: int = 7) -> np.ndarray:
+        return np.asarray(pipeline(PROMPT, seed, 1, self.controls, self.init_image, self.strength)[0])
+
+
+EDGE, COLOUR = Control(DRAWING, "edge"), Control(drawing((50, 70)), "colour", scale=0.5)
+ASKS = [Ask(), Ask((EDGE,)), Ask((COLOUR, EDGE)), Ask((EDGE,), DRAWING, 0.5), Ask((), DRAWING, 0.5)]
+
+
+@pytest.fixture(scope="module")
+def pipeline(control_bundle: Path) -> OneStepPipeline:
+    return OneStepPipeline.from_bundle(control_bundle)
+
+
+def test_a_steered_image_is_the_in_process_one(served: Served, client: Client, pipeline: OneStepPipeline) -> None:
+    for ask in ASKS:
+        one = ask.of(client)
+        assert one.images[0].data == ask.here(pipeline).tobytes()
+        assert (one.receipt.unet_batch, one.receipt.controlnet_batch) == (1, int(bool(ask.controls)))
+
+
+def test_residuals_cross_from_one_replica_to_the_other_in_shared_memory(served: Served, client: Client) -> None:
+    """The U-Net's process has the ControlNet's memory mapped, and nobody else has."""
+    [unet], [controlnet] = served.replicas("unet"), served.replicas("controlnet")
+    ASKS[1].of(client)
+    assert mapped(unet) == mapped(controlnet) and len(mapped(unet)) == 1
+    assert not any(mapped(other) for name in ("gateway", "decoder", "text_encoder") for other in served.replicas(name))
+    assert "residuals go to it in messages" not in served.log.read_text()
+
+
+def test_steered_and_plain_under_load_differ_by_rounding_at_most(client: Client, pipeline: OneStepPipeline) -> None:
+    asked = [(ASKS[seed % len(ASKS)], seed) for seed in range(40)]
+    with ThreadPoolExecutor(12) as threads:
+        served = list(threads.map(lambda one: one[0].of(client, seed=one[1]), asked))
+    assert max(one.receipt.unet_batch for one in served) > 1
+    for (ask, seed), one in zip(asked, served, strict=True):
+        found, expected = np.asarray(one.images[0].pil(), np.int16), ask.here(pipeline, seed).astype(np.int16)
+        assert np.abs(found - expected).max() <= 1
+
+
+def test_a_bad_control_names_its_field(served: Served) -> None:
+    bad = gateway_pb2.GenerateRequest(prompt=PROMPT, controls=[control_pb2.Control(image=DRAWING[:50], type="edge")])
+    found = refusal(served.address, "Generate", bad.SerializeToString())
+    assert (found.code, found.fields) == (INVALID, ("controls[0].image",))
+
+
 @dataclass
 class Traffic:
-    """Callers that never stop asking, and what they saw."""
+    """Callers that never stop asking, plain or steered, and what they saw."""
 
     address: str
+    ask: Ask
     seconds: list[float] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -105,40 +168,76 @@ class Traffic:
             while not self.stopping.is_set():
                 began = time.monotonic()
                 try:
-                    client.generate(PROMPT, seed=1, format="raw", timeout=120)
+                    self.ask.of(client, seed=1, timeout=120)
                 except Exception as error:
                     self.errors.append(error)
                 self.seconds.append(time.monotonic() - began)
 
 
-@pytest.mark.parametrize("deployment", ["unet"])
+@pytest.mark.parametrize("deployment", ["unet", "controlnet"])
 def test_a_killed_replica_costs_time_but_no_request(
-    served: Served, client: Client, tiny_bundle: Path, deployment: str, record_property: Any
+    served: Served, client: Client, pipeline: OneStepPipeline, deployment: str, record_property: Any
 ) -> None:
     [victim] = served.replicas(deployment)
-    traffic = Traffic(served.address)
-    callers = [threading.Thread(target=traffic.run) for _ in range(3)]
+    traffic = [Traffic(served.address, ask) for ask in ASKS[:3]]
+    callers = [threading.Thread(target=each.run) for each in traffic]
     for caller in callers:
         caller.start()
     try:
         time.sleep(0.5)
-        before = len(traffic.seconds)
+        before = [len(each.seconds) for each in traffic]
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         noticed = _wait(lambda: not client.ready(), 5)
         recovered = _wait(client.ready, START_AGAIN_S)
-        after = client.generate(PROMPT, seed=7, format="raw")
+        after = ASKS[2].of(client)
     finally:
-        traffic.stopping.set()
+        for each in traffic:
+            each.stopping.set()
         for caller in callers:
             caller.join()
     record_property("seconds_until_noticed", noticed - began)
     record_property("seconds_until_recovered", recovered - began)
     print(f"noticed after {noticed - began:.2f} s, recovered after {recovered - began:.2f} s")
-    assert not traffic.errors
-    assert 0 < before < len(traffic.seconds)
-    assert after.images[0].data == in_process(tiny_bundle, PROMPT, 7, images.RAW)
+    assert not [each.errors for each in traffic if each.errors]
+    assert all(0 < asked < len(each.seconds) for asked, each in zip(before, traffic, strict=True))
+    assert after.images[0].data == ASKS[2].here(pipeline).tobytes()
+    [unet] = served.replicas("unet") - {victim}
     assert served.replicas(deployment) - {victim}
+    assert len(mapped(unet)) == 1, "memory of a lender that died is still held, or none is read"
+
+
+def test_callers_with_little_time_are_told_while_a_replica_is_away(served: Served, client: Client) -> None:
+    """An image, or an error that says what is wrong, within their deadline."""
+    [victim] = served.replicas("controlnet")
+    os.kill(victim, signal.SIGKILL)
+    ends = time.monotonic() + 2.5
+    seen: list[str] = []
+    while time.monotonic() < ends:
+        began = time.monotonic()
+        try:
+            ASKS[1].of(client, timeout=1.0)
+            seen.append("OK")
+        except SdxsError as error:
+            seen.append(error.code)
+        assert time.monotonic() - began < 1.5
+        Ask().of(client, timeout=10)  # who needs no ControlNet is served meanwhile
+    assert set(seen) <= {"OK", "DEADLINE_EXCEEDED", "UNAVAILABLE"} and len(set(seen) - {"OK"}) > 0
+    _wait(client.ready, START_AGAIN_S)
+
+
+@pytest.mark.slow
+def test_fused_controlnets_have_no_replica_of_their_own(
+    served: Served, client: Client, pipeline: OneStepPipeline, redis_variables: dict[str, str], tmp_path: Path
+) -> None:
+    with (
+        serving(served.bundle, tmp_path / "log", redis_variables, "--fused-controlnet") as fused,
+        Client(fused.address) as other,
+    ):
+        assert [len(fused.replicas(name)) for name in ("unet", "controlnet")] == [1, 0]
+        for ask in ASKS:
+            assert ask.of(other).images[0].data == ask.of(client).images[0].data == ask.here(pipeline).tobytes()
+        assert not mapped(*fused.replicas("unet"))
 
 
 START_AGAIN_S = 90  # seconds on an idle machine: the new process imports torch

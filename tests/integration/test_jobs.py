@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, Unavailable
+from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, PreconditionFailed, Unavailable
 from sdxs.store import FileStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
@@ -215,6 +215,16 @@ async def test_what_can_never_succeed_is_not_tried_again(queue: JobQueue, tmp_pa
     async with Working(queue, tmp_path, strict):
         job = await ended(queue, "bad")
     assert (job.error.code, job.error.field, job.deliveries) == ("INVALID_ARGUMENT", "prompt", 1)
+
+
+async def test_what_the_model_lacks_is_not_tried_again(queue: JobQueue, tmp_path: Path) -> None:
+    async def lacking(_: bytes, __: Deadline) -> bytes:
+        raise PreconditionFailed("this model has no image encoder")
+
+    await queue.submit("lacking", b"", REQUEST)
+    async with Working(queue, tmp_path, lacking):
+        job = await ended(queue, "lacking")
+    assert (job.error.code, job.error.message, job.deliveries) == ("FAILED_PRECONDITION", "this model has no image encoder", 1)
 
 
 async def test_a_model_that_went_away_is_named(queue: JobQueue, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import typer
 import yaml
 
+from services.cli import app as serve
 from services.settings import ServingSettings
 from tests.unit.kubernetes import check, pod_templates
 
@@ -52,6 +54,15 @@ def test_compose_services() -> None:
             assert re.search(r":\d+\.\d+", service["image"]), f"{name}: the image has no version"
         assert set(service.get("depends_on", {})) <= services.keys()
         assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= load("compose.yaml")["volumes"].keys()
+
+
+def test_compose_runs_a_command_of_this_project_and_names_an_option_of_it() -> None:
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    [command] = load("compose.yaml")["services"]["gateway"]["command"]
+    assert command in project["entry-points"]["sdxs.commands"]
+    named = set(re.findall(r"command: .*#.* (--[\w-]+)", (DEPLOY / "compose.yaml").read_text()))
+    options = {option for parameter in typer.main.get_command(serve).params for option in parameter.opts}
+    assert named == {"--fused-controlnet"} and named <= options
 
 
 def test_compose_has_no_secret_of_its_own() -> None:

@@ -23,7 +23,10 @@ VALUES: dict[str, dict[str, Any]] = {
         "image": {"tag": "1.2.3"},
         "imagePullSecrets": [{"name": "registry"}],
         "settings": {"s3_endpoint": "minio.storage:9000", "s3_secure": False},
-        "deployments": {"unet": {"replicas": 2, "max_replicas": 8, "num_cpus": 1, "num_gpus": 0.5}},
+        "deployments": {
+            "unet": {"replicas": 2, "max_replicas": 8, "num_cpus": 1, "num_gpus": 0.5},
+            "controlnet": {"replicas": 2, "max_replicas": 8, "num_cpus": 1, "num_gpus": 0.25},
+        },
         "gateway": {"replicas": 3},
         "stages": {
             "resources": {"limits": {"nvidia.com/gpu": "1"}},
@@ -122,8 +125,29 @@ def test_values_reach_the_replicas() -> None:
     assert pod["spec"]["containers"][0]["image"] == "sdxs/serve:1.2.3"
     assert environment(pod)["SDXS_S3_ENDPOINT"] == "minio.storage:9000"
     assert environment(pod)["SDXS_S3_SECURE"] == "false"
-    unet = serve_config(service)["applications"][0]["args"]["unet"]
-    assert unet == {"replicas": 2, "max_replicas": 8, "num_cpus": 1, "num_gpus": 0.5}
+    args = serve_config(service)["applications"][0]["args"]
+    beside = {"replicas": 2, "max_replicas": 8, "max_replicas_per_node": 1, "num_cpus": 1}
+    assert args["unet"] == {**beside, "num_gpus": 0.5}
+    assert args["controlnet"] == {**beside, "num_gpus": 0.25}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_controlnets_are_fused_where_the_values_say_so(fused: bool) -> None:
+    [application] = serve_config(render({"fusedControlnet": fused})["RayService"])["applications"]
+    assert AppArgs.model_validate(application["args"]).fused_controlnet is fused
+
+
+def test_each_stage_pod_has_a_unet_and_a_controlnet_side_by_side() -> None:
+    """As many of both, one to a node; and a pod has room for one replica of each room."""
+    service = render({})["RayService"]
+    [application] = serve_config(service)["applications"]
+    args = AppArgs.model_validate(application["args"])
+    assert (args.unet, args.unet.max_replicas_per_node) == (args.controlnet, 1)
+    [group] = [each for each in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if each["groupName"] == "stages"]
+    assert args.unet.max_replicas == group["maxReplicas"]
+    [container] = group["template"]["spec"]["containers"]
+    rooms = (args.text_encoder, args.unet, args.controlnet, args.decoder, args.worker)
+    assert float(container["resources"]["requests"]["cpu"]) >= sum(room.num_cpus for room in rooms)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +155,10 @@ def test_values_reach_the_replicas() -> None:
     [
         ({"replicas": 3}, "replicas"),
         ({"deployments": {"unet": {"minReplicas": 1}}}, "minReplicas"),
+        ({"deployments": {"controlnet": {"max_replicas_per_node": 0}}}, "/deployments/controlnet/max_replicas_per_node"),
+        ({"deployments": {"controlnet": None}}, "controlnet"),
+        ({"fusedControlnet": "yes"}, "/fusedControlnet"),
+        ({"fused_controlnet": True}, "fused_controlnet"),
         ({"service": {"port": "http"}}, "/service/port"),
         ({"rayVersion": "latest"}, "/rayVersion"),
         ({"settings": {"storeUrl": "s3://sdxs"}}, "storeUrl"),

@@ -49,10 +49,10 @@ class Site:
     def __init__(self) -> None:
         self.planes: dict[Address, DataPlane] = {}
 
-    async def add(self, room: Room, digest: str = "d", max_in_flight: int = 8) -> Address:
+    async def add(self, room: Room, digest: str = "d", max_in_flight: int = 8, node: str = "") -> Address:
         plane = DataPlane(Endpoint(DESCRIPTOR, room, max_in_flight), 1 << 20)
         await plane.start("127.0.0.1:0")
-        address = Address(plane.address, digest, 0)
+        address = Address(plane.address, digest, 0, node)
         self.planes[address] = plane
         return address
 
@@ -163,6 +163,65 @@ async def test_the_less_busy_of_two_is_taken(site: Site, peers: PeerSet) -> None
     assert {await name_of(peers) for _ in range(10)} == {"idle"}
     busy.hold.set()
     await asyncio.gather(*stuck)
+
+
+async def test_replicas_of_the_same_node_come_first(site: Site, peers: PeerSet) -> None:
+    """However busy they are, as long as one of them takes the call."""
+    peers.near = "here"
+    near = [Room("near"), Room("near too")]
+    await site.add(Room("far"), node="there")
+    await site.add(Room("somewhere"))
+    await known(peers, 2)
+    assert {await name_of(peers) for _ in range(20)} == {"far", "somewhere"}, "there is none near yet"
+    addresses = [await site.add(room, node="here", max_in_flight=2) for room in near]
+    await known(peers, 4)
+    assert {await name_of(peers) for _ in range(20)} == {"near", "near too"}
+    for room in near:
+        room.hold = asyncio.Event()
+    stuck = [asyncio.create_task(name_of(peers)) for _ in range(4)]
+    await until(lambda: near[0].calls + near[1].calls >= 24)
+    assert {await name_of(peers) for _ in range(20)} == {"far", "somewhere"}, "those near are full"
+    for room in near:
+        assert room.hold is not None
+        room.hold.set()
+    assert set(await asyncio.gather(*stuck)) == {"near", "near too"}
+    assert {await name_of(peers) for _ in range(20)} == {"near", "near too"}
+    await site.kill(addresses[0])
+    await site.kill(addresses[1])
+    assert {await name_of(peers) for _ in range(20)} == {"far", "somewhere"}, "those near are gone"
+
+
+async def test_a_second_try_is_encoded_for_the_peer_that_gets_it(site: Site, peers: PeerSet) -> None:
+    peers.near = "here"
+    full = await site.add(Room("full"), max_in_flight=0, node="here")
+    free = await site.add(Room("free"), node="there")
+    await known(peers, 2)
+    asked: list[Address] = []
+
+    def payload(address: Address) -> bytes:
+        asked.append(address)
+        return ANY
+
+    answer = await peers.call("Encode", payload, Deadline.after(5))
+    assert text_encoder_pb2.EncodeResponse.FromString(answer).model_digest == "free"
+    assert asked == [full, free]
+
+
+async def test_a_peer_that_waits_for_others_is_not_gone(site: Site, peers: PeerSet) -> None:
+    """As a ControlNet's room that finds no U-Net: callers try again while they have patience, then hear what it says."""
+    room = Room("waiting")
+    room.error = Unavailable("no replica answers for sdxs.v1.UNetService")
+    await site.add(room)
+    await known(peers, 1)
+    first = peers._peers.copy()
+    call = asyncio.create_task(name_of(peers))
+    await until(lambda: room.calls > 2)
+    room.error = None
+    assert await call == "waiting"
+    room.error, peers.patience_s = Unavailable("no replica answers for sdxs.v1.UNetService"), 0.3
+    with pytest.raises(Unavailable, match=r"sdxs\.v1\.UNetService"):
+        await name_of(peers)
+    assert peers._peers == first, "dropped"
 
 
 async def test_a_refusal_is_not_tried_elsewhere(site: Site, peers: PeerSet) -> None:

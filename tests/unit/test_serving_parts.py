@@ -1,7 +1,7 @@
 """Small parts of serving: scaling, the prompt cache, health, errors across the wire."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from ray.serve.config import AutoscalingConfig
 
 from sdxs import errors, rpc
 from sdxs.errors import Internal, InvalidRequest, NotFound, SdxsError, Unavailable
-from sdxs.v1 import decoder_pb2
+from sdxs.v1 import control_pb2, decoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.peers import Payload
 from services.fabric.scaling import follow_load
@@ -80,15 +80,52 @@ ORDER = Order(MODEL, "red apple", (1,), decoder_pb2.IMAGE_FORMAT_PNG, determinis
         ("Encode", "request", Internal),
         ("Denoise", "text.text.shape", Internal),
         ("Decode", "latent.latent.data", Internal),
+        ("Denoise", "controls[0].image", InvalidRequest),
+        ("Denoise", "controls[3].type", InvalidRequest),
+        ("Denoise", "inline.parts[3].data", Internal),
+        ("Denoise", "shared", Internal),
+        ("EncodeImage", "init_image", InvalidRequest),
+        ("EncodeImage", "request", Internal),
     ],
 )
 async def test_what_a_stage_refuses_is_the_callers_fault_only_if_the_caller_wrote_it(
     name: str, field: str, kind: type[SdxsError]
 ) -> None:
     stage = Refusing(name, field)
+    order = replace(ORDER, init_image=b"an image")
     with pytest.raises(kind) as caught:
-        await Chain(stage, stage, stage, PromptCache(0)).run(ORDER, [""], Deadline())
-    assert caught.value.field == ("prompt" if kind is InvalidRequest else "")
+        await Chain(stage, stage, stage, PromptCache(0)).run(order, [""], Deadline())
+    assert caught.value.field == (field if kind is InvalidRequest else "")
+
+
+@dataclass
+class Recording:
+    """A stage that answers nothing, and remembers what it was asked."""
+
+    name: str
+    log: list[tuple[str, str, bytes]]
+    ready: bool = True
+
+    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
+        assert isinstance(payload, bytes)
+        self.log.append((self.name, name, payload))
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("controls", "own_room", "way"),
+    [(False, True, "unet"), (True, True, "controlnet"), (True, False, "unet"), (False, False, "unet")],
+)
+async def test_only_requests_with_controls_pass_by_the_controlnet(controls: bool, own_room: bool, way: str) -> None:
+    log: list[tuple[str, str, bytes]] = []
+    text, unet, decoder, controlnet = (Recording(name, log) for name in ("text", "unet", "decoder", "controlnet"))
+    chain = Chain(text, unet, decoder, PromptCache(0), *([controlnet] if own_room else []))
+    asked = (control_pb2.Control(image=b"an image", controlnet="lines"),) if controls else ()
+    await chain.run(replace(ORDER, controls=asked), [""], Deadline())
+    assert [(name, rpc) for name, rpc, _ in log] == [("text", "Encode"), (way, "Denoise"), ("decoder", "Decode")]
+    assert tuple(unet_pb2.DenoiseRequest.FromString(log[1][2]).controls) == asked
+    controlnet.ready = False
+    assert chain.ready is not own_room
 
 
 @dataclass
