@@ -259,7 +259,7 @@ class StageCosts:
             weights=sum(4 * one.trace.parameters for one in learning) // shards,
             gradients=sum(4 * one.learns for one in learning) // shards,
             moments=int(sum(one.moments * one.learns for one in learning)) // shards,
-            average=sum(4 * one.trace.parameters for one in learning if one.average) // shards,
+            average=sum(4 * one.learns for one in learning if one.average) // shards,
             frozen=4 * (frozen + self.networks.text_parameters),
             activations=kept(micro, False),
             checkpointed=kept(micro, True),
