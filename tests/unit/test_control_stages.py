@@ -48,7 +48,8 @@ def of_teacher(world: ControlWorld, **section: Any) -> StageContext:
     """The stage that trains the teacher's own ControlNet."""
     recipe = ControlNetRecipe.model_validate(
         {
-            "kind": "controlnet", "name": "tiny-controlnet", "world": "scenes", "teacher": str(world.teacher), "conditions": ["edge", "sketch"],
+            "kind": "controlnet", "name": "tiny-controlnet", "world": "scenes", "teacher": str(world.teacher),
+            "conditions": ["edge", "sketch"],
             "controlnet": {"steps": STEPS, "batch": 4, "lr": 1e-3, "ema": 0.9, "views": 8, **section},
         }
     )  # fmt: skip
