@@ -61,16 +61,28 @@ def _controlnet(recipe: ControlNetRecipe | ControlRecipe, trained: Path, logs: s
 
 
 def _controlled(recipe: ControlRecipe, trained: Path, logs: str, lineage: dict[str, str], part: Path) -> None:
-    """The base's bundle with one more ControlNet, which has its own notes."""
+    """The base's bundle with one more ControlNet, which has its own notes; one of the same name makes room."""
     base, manifest = registry.open_model(recipe.base, Settings())
     shutil.copytree(base, part, ignore=shutil.ignore_patterns(bundle.MANIFEST))
-    folder = part / "controlnet" / recipe.control_name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(exist_ok=True)
-    _controlnet(recipe, trained, logs, folder)
-    ours = {f"controlnet/{recipe.control_name}/{name}": value for name, value in lineage.items()}
-    facts = {"recipe_hash": manifest.recipe_hash, "metrics": manifest.metrics, "lineage": manifest.lineage | ours}
-    bundle.seal(part, recipe.name, **facts)
+    _name_plain_controlnet(part)
+    prefix = f"controlnet/{recipe.control_name}/"
+    shutil.rmtree(part / prefix, ignore_errors=True)
+    _controlnet(recipe, trained, logs, part / prefix)
+    metrics, before = (
+        {name: value for name, value in facts.items() if not name.startswith(prefix)}
+        for facts in (manifest.metrics, manifest.lineage)
+    )
+    ours = {prefix + name: value for name, value in {**lineage, "base": manifest.digest}.items()}
+    bundle.seal(part, recipe.name, recipe_hash=manifest.recipe_hash, metrics=metrics, lineage=before | ours)
+
+
+def _name_plain_controlnet(folder: Path) -> None:
+    """diffusers keeps a model's only ControlNet in `controlnet/` itself: beside others it is in a folder of the name it had."""
+    plain = folder / "controlnet"
+    if (plain / "config.json").is_file():
+        plain.rename(folder / "controlnet.part")
+        plain.mkdir()
+        (folder / "controlnet.part").rename(plain / "controlnet")
 
 
 def _sources(recipe: DistillRecipe | StyleRecipe, fetched: dict[str, Path], last: str, teacher: Path) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sdxs import registry
+from sdxs.bundle import Manifest
 from sdxs.settings import Settings
 from trainer.artifacts import open_artifacts
 from trainer.assemble import assemble, check_replaceable
@@ -31,12 +32,23 @@ from trainer.pool.client import Limits, Share, TeacherPool
 from trainer.prompts import open_source
 from trainer.real_images import encode_images, listing_digest
 from trainer.recipe import ControlNetRecipe, ControlRecipe, RunRecipe, StyleRecipe, digest
-from trainer.sections import ControlNetSection, Optimisation, PairsSection, SampleImagesSection, Section, ShrinkSection
+from trainer.sections import (
+    ControlNetSection,
+    ImagesSection,
+    Optimisation,
+    PairsSection,
+    SampleImagesSection,
+    Section,
+    ShrinkSection,
+)
 from trainer.sources import latent_shape, teacher_folder
 from trainer.specs import TeacherSpec
+from trainer.teacher import TeacherClient
 from trainer.tracking.board import Board
 from trainer.triplets import draw_images
 
+READ = ("unet/", "vae/")
+"""What of a base bundle a ControlNet is trained on; ControlNets that it has already do not matter."""
 # What a watcher is told: stage, steps done, steps in all, latest metrics.
 Watch = Callable[[str, int, int, dict[str, float]], None]
 
@@ -86,23 +98,34 @@ class Distillation:
         """Every step and the digest of its result."""
         common = {
             "revision": REVISION, "teacher": source_digest(self.recipe.teacher), "prompts": self.prompts.digest,
-            "seed": self.recipe.seed, "compute": digest(self.recipe.compute), **self._kind(),
+            "seed": self.recipe.seed, "compute": digest(self.recipe.compute),
         }  # fmt: skip
-        plan = dated(steps(self.recipe), common, self._spread)
+        plan = dated(steps(self.recipe), lambda step: common | self._kind(step), self._spread)
         self.result.digests = {step.name: step.digest for step in plan}
         return plan
 
-    def _kind(self) -> dict[str, Any]:
-        """What shapes the student."""
-        if isinstance(self.recipe, ControlNetRecipe):
-            return {"conditions": self.recipe.conditions}
-        if isinstance(self.recipe, StyleRecipe):
-            _, manifest = registry.open_model(self.recipe.base, self.settings)
-            return {"base": manifest.digest}
-        if isinstance(self.recipe, ControlRecipe):
-            _, manifest = registry.open_model(self.recipe.base, self.settings)
-            return {"base": manifest.digest, "student": digest(self.recipe.student), "conditions": self.recipe.conditions}
-        return {"student": digest(self.recipe.student)}
+    def _kind(self, step: Step) -> dict[str, Any]:
+        """What shapes the student. Of a ControlNet's recipe the steps before the first control image are those of the distillation that
+        made the base: where that one's results are in the store, they are taken."""
+        recipe = self.recipe
+        if isinstance(recipe, ControlNetRecipe):
+            return {"conditions": recipe.conditions}
+        if isinstance(recipe, StyleRecipe):
+            return {"base": self._base.digest}
+        found: dict[str, Any] = {"student": digest(recipe.student)}
+        if isinstance(recipe, ControlRecipe) and "images" in step.reads:
+            found["conditions"] = recipe.conditions
+            if step.name != "control_shrink":
+                found["base"] = digest(
+                    {name: entry.sha256 for name, entry in self._base.files.items() if name.startswith(READ)}
+                )
+        return found
+
+    @cached_property
+    def _base(self) -> Manifest:
+        """The bundle that learns a style or a condition."""
+        assert isinstance(self.recipe, (StyleRecipe, ControlRecipe))
+        return registry.open_model(self.recipe.base, self.settings)[1]
 
     def _spread(self, section: Section) -> Any:
         """The number of workers, where the size of a micro-batch follows from it; and which real images there are."""
@@ -190,22 +213,21 @@ class Distillation:
 
     def _draw(self, step: Step) -> None:
         assert step.teacher is not None
-        if isinstance(step.section, SampleImagesSection):
-            self._draw_images(step, step.section)
-            return
-        order = self.order(step)
-        result, count = (step.name, step.digest), len(order.seeds)
-        client = self.pool(step.teacher).client()
-        draw_shards(client, order, self.artifacts, result, lambda done: self.watch(step.name, done, count, {}))
+        self.draw(step, self.pool(step.teacher).client())
 
-    def _draw_images(self, step: Step, section: SampleImagesSection) -> None:
-        """The images of the pairs that the step reads."""
-        assert step.teacher is not None
-        drawn = [Pairs.load(self.artifacts.fetch(name, self.result.digests[name])) for name in step.reads]
-        pairs, client = reduce(add, drawn), self.pool(step.teacher).client()
-        count = len(pairs.captions)
-        told = lambda done: self.watch(step.name, done, count, {})  # noqa: E731
-        draw_images(client, pairs, section.format, self.artifacts, (step.name, step.digest), told)
+    def draw(self, step: Step, client: TeacherClient) -> None:
+        """What the teacher is asked for, into the store: samples, or the images of those that the step reads."""
+        result = (step.name, step.digest)
+        if isinstance(step.section, SampleImagesSection):
+            pairs = reduce(add, (Pairs.load(self.artifacts.fetch(name, self.result.digests[name])) for name in step.reads))
+            told = partial(self._told, step.name, len(pairs.captions))
+            draw_images(client, pairs, step.section.format, self.artifacts, result, told)
+        else:
+            order = self.order(step)
+            draw_shards(client, order, self.artifacts, result, partial(self._told, step.name, len(order.seeds)))
+
+    def _told(self, name: str, count: int, done: int) -> None:
+        self.watch(name, done, count, {})
 
     def order(self, step: Step) -> PairsOrder:
         """The prompts of a drawn step with their noises."""
@@ -218,9 +240,8 @@ class Distillation:
 
     def _train(self, step: Step) -> None:
         if isinstance(step.section, (ShrinkSection, ControlNetSection)) and step.section.images is not None:
-            assert step.teacher is not None
-            client, told = self.pool(step.teacher).client(), lambda done: self.watch("images", done, done, {})
-            encode_images(step.section.images, self.recipe.teacher, client, self.settings, told)
+            self._encode(step, step.section.images)
+        asks = step.teacher is not None and not isinstance(step.section, ControlNetSection)  # that one only has images encoded
         job = StageJob(
             stage=step.name,
             digest=step.digest,
@@ -228,9 +249,22 @@ class Distillation:
             prompts=self.prompts.digest,
             settings=self.settings.environment(),
             inputs={name: self.result.digests[name] for name in step.reads},
-            teacher=step.teacher,
-            client=self.pool(step.teacher).client() if step.teacher and self._asks_pool(step) else None,
+            teacher=step.teacher if asks else None,
+            client=self.pool(step.teacher).client() if asks and step.teacher and self._asks_pool(step) else None,
             board=self.board(),
             cluster=self.cluster,
         )
         run_stage(job, self.settings, self.watch)
+
+    def _encode(self, step: Step, images: ImagesSection) -> None:
+        """A stage's real images, by the pool; one that no step asks makes room for the workers at once."""
+        assert step.teacher is not None
+        client, told = self.pool(step.teacher).client(), lambda done: self.watch("images", done, done, {})
+        encode_images(images, self.recipe.teacher, client, self.settings, told)
+        if not self._asks_pool(step):
+            self._close(step.teacher)
+
+    def _close(self, spec: TeacherSpec) -> None:
+        with self._lock:
+            if spec in self.pools:
+                self.pools.pop(spec).close()

@@ -38,25 +38,27 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.shadow = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+        self.shadow = {name: value.detach().clone() for name, value in module.state_dict().items() if name not in frozen}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in module.state_dict().items():
-            if value.dtype.is_floating_point:
-                self.shadow[name].lerp_(value, 1 - decay)
+        state = module.state_dict()
+        for name, mine in self.shadow.items():
+            if mine.dtype.is_floating_point:
+                mine.lerp_(state[name], 1 - decay)
             else:
-                self.shadow[name].copy_(value)
+                mine.copy_(state[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "shadow": {name: gathered(value).cpu() for name, value in self.shadow.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = int(state["updates"])
-        for name, value in state["shadow"].items():
-            mine = self.shadow[name]
+        for name, mine in self.shadow.items():
+            value = state["shadow"][name]
             mine.copy_(distribute_tensor(value, mine.device_mesh, mine.placements) if isinstance(mine, DTensor) else value)
 
 
@@ -148,7 +150,7 @@ class Trainable:
 
     def averaged(self) -> dict[str, Tensor]:
         """The weights to publish: the moving average where there is one. Whole and on the CPU; all workers must ask together."""
-        values = self.ema.shadow if self.ema is not None else self.network.state_dict()
+        values = self.network.state_dict() | (self.ema.shadow if self.ema is not None else {})
         return {name: gathered(value).cpu() for name, value in values.items()}
 
     def state_dict(self) -> dict[str, Any]:

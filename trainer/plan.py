@@ -110,16 +110,17 @@ def _control_steps(recipe: ControlRecipe) -> list[Step]:
     return found
 
 
-def dated(plan: list[Step], common: dict[str, Any], spread: Callable[[Section], Any]) -> list[Step]:
-    """The steps with their digests: of what all have in common, their section, who answers them, and the results they read.
+def dated(plan: list[Step], facts: Callable[[Step], dict[str, Any]], spread: Callable[[Section], Any]) -> list[Step]:
+    """The steps with their digests: of facts about the run, their section, who answers them, and the results they read.
 
     Args:
+        facts: what else of the run shapes a step's result.
         spread: what of the cluster changes a stage's result (its workers, where the recipe does not fix the micro-batch).
     """
     found: dict[str, Step] = {}
     for step in plan:
         reads = {name: found[name].digest for name in step.reads}
-        parts = [common, step.name, digest(step.section), step.teacher and spec_digest(step.teacher), reads]
+        parts = [facts(step), step.name, digest(step.section), step.teacher and spec_digest(step.teacher), reads]
         teacher = step.teacher
         if teacher is not None and step.drawn and "straighten" in reads:
             teacher = replace(teacher, straightened=reads["straighten"])

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from sdxs.errors import InvalidRequest
 from trainer import documents
@@ -121,7 +121,15 @@ class StyleRecipe(Section):
 
 
 Condition = Literal["edge", "sketch", "colour"]
-Conditions = Annotated[tuple[Condition, ...], Field(min_length=1)]
+
+
+def _once(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
+    if len(set(conditions)) < len(conditions):
+        raise ValueError(f"conditions {list(conditions)}: each stands once, all are drawn equally often")
+    return conditions
+
+
+Conditions = Annotated[tuple[Condition, ...], Field(min_length=1), AfterValidator(_once)]
 
 
 class ControlNetRecipe(Section):

@@ -92,8 +92,8 @@ class Lazy:
         class Reply:
             def result(self) -> list[Any]:
                 found = client.teacher.answer(request)
-                sent = next(getattr(request, name) for name in ("noisy_BCHW", "latent_BCHW") if hasattr(request, name))
-                client.sizes.append((sent.nbytes, sum(part.nbytes for part in found)))
+                sent = [getattr(request, name, None) for name in ("noisy_BCHW", "latent_BCHW", "control_BHWC")]
+                client.sizes.append((sum(part.nbytes for part in sent if part is not None), sum(part.nbytes for part in found)))
                 return found
 
         return Reply()

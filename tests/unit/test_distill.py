@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
-from sdxs.errors import AlreadyExists, NotFound
+from sdxs import bundle
+from sdxs.errors import AlreadyExists, InvalidRequest, NotFound
 from sdxs.settings import Settings
-from tests.models import tiny_recipe, tiny_teacher
+from tests.controls import control_recipe, tiny_controlnet
+from tests.models import tiny_folder, tiny_recipe, tiny_teacher
 from trainer.cluster import Cluster
 from trainer.distill import Distillation
-from trainer.recipe import DistillRecipe
+from trainer.plan import controlnet_digest
+from trainer.recipe import DistillRecipe, RunRecipe, parse
 from trainer.sources import teacher_folder
 
 STAGES = ["decoder", "unet", "warmup", "diff_instruct"]
@@ -25,7 +28,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(data: dict[str, Any], folder: Path) -> dict[str, str]:
     settings = Settings(store_url=f"file://{folder}", cache_dir=folder / "cache")
-    distillation = Distillation(DistillRecipe.model_validate(data), settings, Cluster(), lambda *_: None)
+    recipe = parse(data)
+    assert isinstance(recipe, RunRecipe)
+    distillation = Distillation(recipe, settings, Cluster(), lambda *_: None)
     return {step.name: step.digest for step in distillation.plan()}
 
 
@@ -88,3 +93,93 @@ def test_a_card_makes_nothing_again(teacher: Path, tmp_path: Path) -> None:
     before = plan(tiny_recipe(other), tmp_path)
     (other / "README.md").write_text("a card")
     assert plan(tiny_recipe(other), tmp_path) == before
+
+
+CONTROL = ["control_shrink", "control_warmup", "control_diff_instruct"]
+
+
+@pytest.fixture(scope="module")
+def control(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A ControlNet's recipe, with a base that has none yet."""
+    folder = tmp_path_factory.mktemp("control")
+    base = tiny_folder(folder / "base")
+    bundle.seal(base, "base")
+    return control_recipe(teacher, tiny_controlnet(teacher / "unet", folder / "controlnet"), str(base))
+
+
+def moved(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "again"),
+    [
+        ("pairs", {"count": 17}, {"pairs", "images", "unet", *CONTROL}),
+        ("images", {"format": "jpeg"}, {"images", *CONTROL}),
+        ("unet", {"steps": 9}, {"unet", *CONTROL}),
+        ("shrink", {"steps": 9}, set(CONTROL)),
+        ("warmup", {"steps": 9}, set(CONTROL[1:])),
+        ("warmup", {"fresh_noise": 0.5}, set(CONTROL[1:])),
+        ("diff_instruct", {"steps": 9}, set(CONTROL[2:])),
+        ("student", {"blocks": "cross-attention"}, {"pairs", "images", "unet", *CONTROL}),
+        ("evaluation", {"train_images": 9}, set()),
+    ],
+)
+def test_a_change_of_a_control_recipe_reaches_what_reads_it(
+    control: dict[str, Any], tmp_path: Path, section: str, change: dict[str, Any], again: set[str]
+) -> None:
+    changed = {**control, section: {**control.get(section, {}), **change}}
+    assert moved(plan(control, tmp_path), plan(changed, tmp_path)) == again
+
+
+def test_only_steps_that_see_control_images_depend_on_conditions_and_controlnet(
+    control: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    before = plan(control, tmp_path)
+    assert moved(before, plan({**control, "conditions": ["edge"]}, tmp_path)) == set(CONTROL)
+    assert moved(before, plan({**control, "control_name": "other"}, tmp_path)) == set()
+    other = tiny_controlnet(teacher / "unet", tmp_path / "other", seed=9)
+    assert moved(before, plan({**control, "controlnet": str(other)}, tmp_path)) == set(CONTROL)
+    same = tiny_controlnet(teacher / "unet", tmp_path / "elsewhere")
+    (same / "README.md").write_text("a card")
+    assert plan({**control, "controlnet": str(same)}, tmp_path) == before
+    controlnet_digest.cache_clear()
+
+
+def test_a_base_matters_to_one_step_training_and_its_other_controlnets_do_not(control: dict[str, Any], tmp_path: Path) -> None:
+    before = plan(control, tmp_path)
+    other = tiny_folder(tmp_path / "other", seed=1)
+    bundle.seal(other, "base")
+    assert moved(before, plan({**control, "base": str(other)}, tmp_path)) == set(CONTROL[1:])
+    more = tiny_folder(tmp_path / "more")
+    tiny_controlnet(more / "unet", more / "controlnet" / "depth")
+    bundle.seal(more, "base")
+    assert plan({**control, "base": str(more)}, tmp_path) == before
+
+
+def test_a_base_and_its_controlnet_share_samples_and_shrunk_unet(
+    control: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    """In the same store they are drawn and trained once."""
+    distilled = {**tiny_recipe(teacher), "unet": control["unet"]}
+    distilled.pop("compositions")
+    first, second = plan(distilled, tmp_path), plan(control, tmp_path)
+    assert {name for name in first if first[name] == second.get(name)} == {"pairs", "unet"}
+
+
+def test_a_teachers_controlnet_depends_on_its_conditions(teacher: Path, tmp_path: Path) -> None:
+    data = {
+        "kind": "controlnet", "name": "c", "world": "scenes", "teacher": str(teacher), "conditions": ["edge"],
+        "controlnet": {"steps": 2, "batch": 2, "lr": 1e-3},
+    }  # fmt: skip
+    before = plan(data, tmp_path)
+    assert moved(before, plan({**data, "conditions": ["edge", "sketch"]}, tmp_path)) == {"controlnet"}
+    assert moved(before, plan({**data, "world": "emoji"}, tmp_path)) == {"controlnet"}
+
+
+@pytest.mark.parametrize("conditions", [["edge", "edge"], [], ["depth"]])
+def test_conditions_are_known_and_stand_once(control: dict[str, Any], conditions: list[str]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse({**control, "conditions": conditions})
+    assert caught.value.field.startswith("recipe.conditions")

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sdxs import bundle
 from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 from tests.models import tiny_recipe
 from trainer.cluster import Cluster
 from trainer.models.families import write_teacher
+from trainer.plan import steps
 from trainer.preflight.checks import check
 from trainer.preflight.dry_run import dry_run, environment, rehearse, rehearse_teacher
 from trainer.preflight.small import small_recipe
-from trainer.recipe import DistillRecipe, StyleRecipe, TeacherRecipe, built_in, load
+from trainer.recipe import ControlNetRecipe, ControlRecipe, DistillRecipe, RunRecipe, StyleRecipe, TeacherRecipe, built_in, load
 
-QUICK = ("style-lora",)
+QUICK = ("style-lora", "scenes-control", "sdxs-512-controlnet")  # the latter on captioned images
 ALL = [name for name in built_in() if not isinstance(load(name), TeacherRecipe)]
 
 
@@ -27,16 +29,17 @@ ALL = [name for name in built_in() if not isinstance(load(name), TeacherRecipe)]
 @pytest.mark.timeout(600)
 def test_a_recipe_that_ships_runs_small(name: str, tmp_path: Path) -> None:
     recipe = load(name)
-    assert isinstance(recipe, (DistillRecipe, StyleRecipe))
+    assert isinstance(recipe, RunRecipe)
     before = dict(os.environ)
     told: list[str] = []
     image = rehearse(recipe, tmp_path, told.append)
     assert image.std() > 0
     stages = [line.split()[0] for line in told]
-    optional = ("straighten", "decoder", "unet", "warmup", "diff_instruct", "finish")
-    expected = ["style"] if isinstance(recipe, StyleRecipe) else [n for n in optional if getattr(recipe, n) is not None]
-    assert stages == expected
-    assert (tmp_path / "bundle" / "bundle.json").is_file()
+    assert stages == [step.name for step in steps(recipe) if not step.drawn]
+    sealed = "control_types.json" if isinstance(recipe, ControlNetRecipe) else "bundle.json"
+    assert (tmp_path / "bundle" / sealed).is_file()
+    if isinstance(recipe, ControlRecipe):
+        assert bundle.read(tmp_path / "bundle").controlnets == {recipe.control_name: recipe.conditions}
     assert dict(os.environ) == before
 
 

@@ -16,25 +16,38 @@ from sdxs.controlnet import StudentControlNetModel, config_for
 from sdxs.errors import InvalidRequest
 from trainer.models.students import layer_source
 
+KINDS = ("ControlNetModel", "StudentControlNetModel")
+MID = "UNetMidBlock2DCrossAttn"  # diffusers' default, of U-Nets too
 COPIED = ("conv_in", "time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj", "down_blocks", "mid_block")
 
 
 def kind_of(config: Mapping[str, Any]) -> type[ControlNetModel]:
     """diffusers' own class where it can be this network, else ours."""
-    plain = config.get("mid_block_type") is not None and config.get("time_embedding_dim") is None
+    plain = config.get("mid_block_type", MID) is not None and config.get("time_embedding_dim") is None
     return ControlNetModel if plain else StudentControlNetModel
 
 
-def _build(config: Mapping[str, Any]) -> ControlNetModel:
+def built(config: Mapping[str, Any], field: str) -> ControlNetModel:
+    """A network of a configuration, which may be that of a file.
+
+    Raises:
+        InvalidRequest: there is no such network; names `field`.
+    """
     kind = kind_of(config)
-    own = {name: value for name, value in config.items() if kind is StudentControlNetModel or name != "time_embedding_dim"}
-    return kind(**own)
+    own = {"mid_block_type": MID, **config}  # older files leave it out
+    if kind is ControlNetModel:
+        own.pop("time_embedding_dim", None)
+    try:
+        network: ControlNetModel = kind.from_config(own)
+    except (ValueError, TypeError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
+        raise InvalidRequest(field, dict(config), f"a configuration of {kind.__name__} ({error})") from error
+    return network
 
 
 def from_unet(unet: UNet2DConditionModel, upsampling: int, channels: int = 3) -> ControlNetModel:
     """A ControlNet to train for a U-Net (arXiv:2302.05543): its encoder half copied, zero convolutions after every skip, and a new stack
     that brings a condition of `upsampling` times the latent's size down to it. Float32."""
-    made = _build(config_for(unet.config, upsampling, channels))
+    made = built(config_for(unet.config, upsampling, channels), "unet")
     for name in COPIED:
         part, source = getattr(made, name, None), getattr(unet, name, None)
         if isinstance(part, nn.Module) and isinstance(source, nn.Module):
@@ -52,7 +65,7 @@ def shrink_controlnet(big: ControlNetModel, student: UNet2DConditionModel) -> Co
     """
     config = config_for(student.config, 1, big.config.conditioning_channels)
     config["conditioning_embedding_out_channels"] = tuple(big.config.conditioning_embedding_out_channels)
-    tiny, weights = _build(config), big.state_dict()
+    tiny, weights = built(config, "controlnet"), big.state_dict()
     mapped: dict[str, Tensor] = {}
     for name, value in tiny.state_dict().items():
         origin = _source(name, big, tiny)
@@ -115,6 +128,12 @@ class Controlled(nn.Module):
             return self.unet(noisy_BCHW, t_B, **conditioning)
         added = residuals(self.controlnet, noisy_BCHW, t_B, conditioning, control_BCHW)
         return self.unet(noisy_BCHW, t_B, **conditioning, **added)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of both, as diffusers' own networks do."""
+        both: list[Any] = [self.unet, self.controlnet]
+        for network in both:
+            network.enable_gradient_checkpointing()
 
     def weights(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of a whole state, the ControlNet's part."""

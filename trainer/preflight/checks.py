@@ -6,7 +6,6 @@ LoRA's names and shapes, and no GPU is asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,24 +15,29 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
-from sdxs import registry
-from sdxs.errors import InvalidRequest, NotFound
+from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
 from sdxs.settings import Settings
 from trainer.cluster import Cluster
 from trainer.models import lora
 from trainer.models.features import check_encoder
 from trainer.models.students import shrink
 from trainer.plan import offline_spec
-from trainer.preflight.given import Recipe, absent, check_images, check_prompts, images_field, images_of, style_of
+from trainer.preflight.control_checks import check_base, check_controlnet, share_noise
+from trainer.preflight.given import (
+    Recipe,
+    absent,
+    check_images,
+    check_prompts,
+    images_field,
+    images_of,
+    missing_for_images,
+    style_of,
+)  # fmt: skip
 from trainer.preflight.shapes import TeacherShapes, build, feature_maps, read_shapes, teacher_shapes
 from trainer.recipe import ControlRecipe, DistillRecipe, StyleRecipe
-from trainer.sections import DiffInstructSection, LoraSection, MatchingSection, Optimisation, PairsSection
+from trainer.sections import DiffInstructSection, ImagesSection, LoraSection, MatchingSection, Optimisation, PairsSection
 from trainer.sources import teacher_folder
-
-NOISE = {
-    "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-}  # fmt: skip
-"""What two models' noise schedules must share, with diffusers' defaults."""
+from trainer.worlds.base import get_world
 
 
 def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fetch: bool = True) -> TeacherShapes:
@@ -51,18 +55,25 @@ def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fe
         _machines(recipe, cluster)
         _packages(recipe)
         teacher = _teacher("teacher", recipe.teacher, fetch)
+        _world(recipe)
         missing = [] if fetch else [field for field, _ in absent(recipe)]
         if recipe.data is not None and "data.prompts" not in missing:
             check_prompts(recipe.data)
         images = images_of(recipe)
-        if images is not None and images_field(recipe) not in missing:
-            check_images(images, images_field(recipe))
-        if isinstance(recipe, (StyleRecipe, ControlRecipe)):
-            _base(recipe, teacher, settings, fetch)
+        if images is not None:
+            _image_size(images, images_field(recipe), teacher)
+            if f"{images_field(recipe)}.images" not in missing:
+                check_images(images, images_field(recipe))
+        if isinstance(recipe, (StyleRecipe, ControlRecipe)) and "base" not in missing:
+            check_base(recipe, teacher, settings, fetch)
         if isinstance(recipe, (DistillRecipe, ControlRecipe)):
-            _student(recipe, teacher)
-        if isinstance(recipe, DistillRecipe):
-            _decoder(recipe, teacher)
+            student = _student(recipe, teacher)
+            if isinstance(recipe, DistillRecipe):
+                _decoder(recipe, teacher)
+            else:
+                check_controlnet(recipe, teacher, student, fetch)
+        elif "world" not in missing and (lacking := missing_for_images(recipe)):
+            raise PreconditionFailed(f"world {recipe.world!r}: its images need {lacking}, which this machine does not have")
         for name, section in matching_sections(recipe):
             _feature_weights(name, section, teacher, fetch)
         _other_teachers(recipe, teacher, fetch)
@@ -77,8 +88,24 @@ def in_file(file: str) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         raise InvalidRequest(error.field, error.value, f"{error.allowed} (recipe {file})") from error
-    except NotFound as error:
-        raise NotFound(f"{error} (recipe {file})") from error
+    except (NotFound, PreconditionFailed) as error:
+        raise type(error)(f"{error} (recipe {file})") from error
+
+
+def _world(recipe: Recipe) -> None:
+    """The world is one of those there are."""
+    try:
+        if recipe.world is not None:
+            get_world(recipe.world)
+    except InvalidRequest as error:
+        raise InvalidRequest("world", recipe.world, error.allowed) from error
+
+
+def _image_size(section: ImagesSection, field: str, teacher: TeacherShapes) -> None:
+    """The U-Net's stages can halve the latents of images of that size."""
+    step = teacher.factor * 2 ** (len(teacher.unet["block_out_channels"]) - 1)
+    if section.size % step:
+        raise InvalidRequest(f"{field}.size", section.size, f"a multiple of {step} pixels")
 
 
 def trained_sections(recipe: Recipe) -> list[tuple[str, Optimisation]]:
@@ -147,12 +174,12 @@ def _whole(field: str, shapes: TeacherShapes, folder: Path) -> None:
         raise InvalidRequest(f"{field}.scheduler.prediction_type", kind, "epsilon or v_prediction")
 
 
-def _student(recipe: DistillRecipe | ControlRecipe, teacher: TeacherShapes) -> None:
-    """Block removal works on this teacher: every layer that stays has the same shape."""
+def _student(recipe: DistillRecipe | ControlRecipe, teacher: TeacherShapes) -> UNet2DConditionModel:
+    """Block removal works on this teacher: every layer that stays has the same shape. Returns the student, without weights."""
     with torch.device("meta"):
         unet = build(UNet2DConditionModel, teacher.unet, "teacher.unet")
         try:
-            shrink(unet, recipe.student.blocks)
+            return shrink(unet, recipe.student.blocks)
         except (ValueError, KeyError, IndexError) as error:
             allowed = f"blocks that fit the teacher {teacher.source!r} ({error})"
             raise InvalidRequest("student.blocks", recipe.student.blocks, allowed) from error
@@ -214,7 +241,7 @@ def _other_teachers(recipe: Recipe, teacher: TeacherShapes, fetch: bool) -> None
         other = _teacher("offline.teacher", offline.teacher, fetch)
         _share_latents("offline.teacher", other, teacher)
         _share_text("offline.teacher", other, teacher)
-        _share_noise("offline.teacher", other.source, other.scheduler, teacher)
+        share_noise("offline.teacher", other.source, other.scheduler, teacher)
 
 
 def drawn_sections(recipe: Recipe) -> list[tuple[str, PairsSection]]:
@@ -242,13 +269,6 @@ def _share_text(field: str, other: TeacherShapes, teacher: TeacherShapes) -> Non
             raise InvalidRequest(field, other.source, f"the teacher's text: {name} {ours}; this one has {theirs}")
 
 
-def _share_noise(field: str, source: str, scheduler: Any, teacher: TeacherShapes) -> None:
-    for name, default in NOISE.items():
-        theirs, ours = scheduler.get(name, default), teacher.scheduler.get(name, default)
-        if theirs != ours:
-            raise InvalidRequest(field, source, f"the teacher's {name}, {ours}; this one has {theirs}")
-
-
 def _loras(recipe: Recipe, teacher: TeacherShapes, fetch: bool, missing: list[str]) -> None:
     """Style LoRAs fit the model they are merged into."""
     style = style_of(recipe)
@@ -264,18 +284,3 @@ def _lora(field: str, section: LoraSection, teacher: TeacherShapes) -> None:
         lora.check_lora(section.path, teacher.unet)
     except InvalidRequest as error:
         raise InvalidRequest(field, section.path, f"{error.allowed} ({Path(section.path).name})") from error
-
-
-def _base(recipe: StyleRecipe | ControlRecipe, teacher: TeacherShapes, settings: Settings, fetch: bool) -> None:
-    """The bundle that learns a style or a condition is a student of this teacher's kind."""
-    if not fetch and not Path(recipe.base).is_dir():
-        return
-    folder, _ = registry.open_model(recipe.base, settings)
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf8"))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf8"))
-    for name in ("in_channels", "sample_size", "cross_attention_dim"):
-        if unet[name] != teacher.unet[name]:
-            raise InvalidRequest(
-                "base", recipe.base, f"a bundle with the teacher's {name}, {teacher.unet[name]}; it has {unet[name]}"
-            )
-    _share_noise("base", recipe.base, scheduler, teacher)

@@ -36,10 +36,11 @@ def tables(costs: Sequence[StageCost], compute: ComputeSection, cluster: Cluster
     hours = device_hours(costs, compute)
     stored = sum(cost.stored for cost in costs)
     total = sum(cost.flops for cost in costs)
+    samples = f"samples of {size(stored)}, " if stored else ""
     return Group(
         _work(costs, compute, cluster),
         _memory(costs, compute.activation_checkpointing),
-        f"all stages: {count(total)}FLOP, samples of {size(stored)}, {hours:,.1f} {DEVICE} hours at {UTILISATION:.0%} of its peak "
+        f"all stages: {count(total)}FLOP, {samples}{hours:,.1f} {DEVICE} hours at {UTILISATION:.0%} of its peak "
         f"({PEAK[compute.precision] / 1e12:g} TFLOP/s in {compute.precision})",
     )
 

@@ -5,6 +5,7 @@ No Ray, no GPU, no download: of a teacher that is not on this machine the publis
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
+from sdxs.control import Control, map_of
+from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
 from sdxs.settings import Settings
 from trainer import loop
@@ -23,21 +27,24 @@ from trainer.artifacts import open_artifacts
 from trainer.assemble import assemble
 from trainer.cluster import Cluster, StageJob
 from trainer.distill import Distillation
-from trainer.pairs import draw_shards
 from trainer.plan import Step
 from trainer.preflight.checks import check
 from trainer.preflight.cost import costs
 from trainer.preflight.cost_table import tables
 from trainer.preflight.given import Recipe, absent
 from trainer.preflight.networks import Networks
-from trainer.preflight.small import BATCH, STEPS, small_recipe
-from trainer.recipe import AnyRecipe, TeacherRecipe
-from trainer.sources import hush
-from trainer.teacher import InProcessTeacher, Teacher
+from trainer.preflight.small import BATCH, STEPS, WORLD, small_recipe
+from trainer.real_images import encode_images
+from trainer.recipe import AnyRecipe, ControlNetRecipe, ControlRecipe, TeacherRecipe
+from trainer.sections import ControlNetSection
+from trainer.sources import hush, latent_shape
+from trainer.teacher import Decode, InProcessTeacher, Sample, Teacher, image_size
 from trainer.teacher_run import train_teacher
+from trainer.triplets import pixels
 from trainer.worker import build_stage
+from trainer.worlds.base import get_world
 
-PROMPT = "a red circle"
+PROMPT, DRAWN = "a red circle", "a large red star at the left on white"
 Tell = Callable[[str], None]
 
 
@@ -62,7 +69,8 @@ def dry_run(recipe: AnyRecipe, cluster: Cluster, file: str, console: Console) ->
     console.print(tables(costs(recipe, cluster, Networks(recipe, teacher)), recipe.compute, cluster))
     with tempfile.TemporaryDirectory(prefix="sdxs-dry-run-") as scratch:
         image = rehearse(recipe, Path(scratch), console.print)
-    console.print(f"every stage ran on random small weights; the bundle painted {image.shape[1]}x{image.shape[0]} pixels")
+    painter = "the teacher with its ControlNet" if isinstance(recipe, ControlNetRecipe) else "the bundle"
+    console.print(f"every stage ran on random small weights; {painter} painted {image.shape[1]}x{image.shape[0]} pixels")
 
 
 def _with_gpus(recipe: Recipe, cluster: Cluster, console: Console) -> Cluster:
@@ -85,7 +93,8 @@ def rehearse_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
 
 
 def rehearse(recipe: Recipe, folder: Path, tell: Tell) -> np.ndarray:
-    """Run a recipe small, in this process, under `folder`. Returns an image of the bundle, uint8 (H, W, 3)."""
+    """Run a recipe small, in this process, under `folder`. Returns an image of its result, uint8 (H, W, 3); of a ControlNet's one that
+    follows a control image."""
     small = small_recipe(recipe, folder)
     settings = Settings(store_url=f"file://{folder}/store", cache_dir=folder / "cache")
     with environment(settings.environment()):
@@ -94,17 +103,43 @@ def rehearse(recipe: Recipe, folder: Path, tell: Tell) -> np.ndarray:
         for step in plan:
             _draw(run, step) if step.drawn else _train(run, step, tell)
         assemble(small, plan, run.folder, open_artifacts(settings), folder / "bundle")
-        return OneStepPipeline.from_bundle(folder / "bundle", settings).generate(PROMPT, 0)
+        if isinstance(small, ControlNetRecipe):
+            return _teacher_paints(run.folder, folder / "bundle", small.conditions[0])
+        pipeline = OneStepPipeline.from_bundle(folder / "bundle", settings)
+        controls = [_drawing(small.conditions[0], small.control_name)] if isinstance(small, ControlRecipe) else []
+        return np.asarray(pipeline(PROMPT, 0, controls=controls)[0])
+
+
+def _drawing(kind: str, controlnet: str) -> Control:
+    """An image to follow."""
+    canvas = io.BytesIO()
+    Image.fromarray(get_world(WORLD).reference_images([DRAWN])[0]).save(canvas, "PNG")
+    return Control(canvas.getvalue(), type=kind, controlnet=controlnet)
+
+
+def _teacher_paints(teacher: Path, controlnet: Path, kind: str) -> np.ndarray:
+    """A sample of the teacher with a ControlNet."""
+    loaded = Teacher(teacher)
+    loaded.attach(controlnet)
+    latent, size = latent_shape(teacher), image_size(loaded.unet.config, loaded.vae.config)
+    map_HWC = map_of(_drawing(kind, ""), size, "control")
+    asked = Sample(latent_noise(0, latent)[None], [PROMPT], STEPS, 2.0, "ddim", map_HWC[None])
+    [latent_BCHW] = loaded.answer(asked)
+    image: np.ndarray = pixels(loaded.answer(Decode(latent_BCHW))[0])[0]
+    return image
 
 
 def _draw(run: Distillation, step: Step) -> None:
     assert step.teacher is not None
     client = InProcessTeacher(Teacher.load(step.teacher))
-    draw_shards(client, run.order(step), run.artifacts, (step.name, step.digest), lambda _: None)
+    run.draw(step, client)
 
 
 def _train(run: Distillation, step: Step, tell: Tell) -> None:
     """As a worker does, without Ray."""
+    if isinstance(step.section, ControlNetSection) and step.section.images is not None:
+        client = InProcessTeacher(Teacher(run.folder))
+        encode_images(step.section.images, run.recipe.teacher, client, run.settings, lambda _: None)
     job = StageJob(
         stage=step.name, digest=step.digest, recipe=run.recipe.model_dump(mode="json"), prompts=run.prompts.digest, settings={},
         inputs={name: run.result.digests[name] for name in step.reads}, teacher=step.teacher, client=None, board=None,

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sdxs import registry
 from sdxs.errors import InvalidRequest
-from trainer.recipe import ControlNetRecipe, DistillRecipe, RunRecipe, StyleRecipe
-from trainer.sections import DataSection, LoraSection
+from trainer.preflight.shapes import local_controlnet
+from trainer.recipe import ControlNetRecipe, ControlRecipe, DistillRecipe, RunRecipe, StyleRecipe
+from trainer.sections import DataSection, ImagesSection, LoraSection
+from trainer.worlds.base import get_world
 
 Recipe = RunRecipe
 
 
 def absent(recipe: Recipe) -> list[tuple[str, str]]:
-    """Files that a recipe names and that are not here: (field, path)."""
-    named = {"data.prompts": recipe.data and recipe.data.prompts, images_field(recipe): images_of(recipe)}
+    """What a recipe names and this machine does not have: (field, path or name)."""
+    images = images_of(recipe)
+    named = {"data.prompts": recipe.data and recipe.data.prompts, f"{images_field(recipe)}.images": images and images.images}
     found = [(field, path) for field, path in named.items() if path and not path.startswith("s3://") and not _files(path)]
     style = style_of(recipe)
     if style is not None and not Path(style[1].path).exists():
         found.append((style[0], style[1].path))
-    return found
+    if isinstance(recipe, (StyleRecipe, ControlRecipe)) and local_base(recipe.base) is None:
+        found.append(("base", recipe.base))
+    if isinstance(recipe, ControlRecipe) and local_controlnet(recipe.controlnet) is None:
+        found.append(("controlnet", recipe.controlnet))
+    lacking = missing_for_images(recipe)
+    return found + ([("world", lacking)] if lacking else [])
+
+
+def local_base(reference: str) -> Path | None:
+    """The folder of a bundle that is here without asking a store: a folder, or one that ships."""
+    if "/" in reference or reference.startswith("."):
+        return Path(reference) if Path(reference).is_dir() else None
+    return registry.packaged().get(reference.removesuffix(f"@{registry.PACKAGED}"))
+
+
+def missing_for_images(recipe: Recipe) -> str | None:
+    """What this machine lacks to draw the world's images, where a run trains on them."""
+    if not isinstance(recipe, ControlNetRecipe) or recipe.world is None:
+        return None
+    return get_world(recipe.world).missing()
 
 
 def style_of(recipe: Recipe) -> tuple[str, LoraSection] | None:
@@ -30,23 +53,22 @@ def style_of(recipe: Recipe) -> tuple[str, LoraSection] | None:
     return None
 
 
-def images_of(recipe: Recipe) -> str | None:
-    """Where the real images are that a recipe distils on, if it does."""
+def images_of(recipe: Recipe) -> ImagesSection | None:
+    """The real images that a recipe trains on, if it does."""
     if isinstance(recipe, StyleRecipe):
         return None
-    section = recipe.controlnet.images if isinstance(recipe, ControlNetRecipe) else recipe.unet.images
-    return section.images if section else None
+    return recipe.controlnet.images if isinstance(recipe, ControlNetRecipe) else recipe.unet.images
 
 
 def images_field(recipe: Recipe) -> str:
-    """The field that names them."""
-    return "controlnet.images.images" if isinstance(recipe, ControlNetRecipe) else "unet.images.images"
+    """The field of their section."""
+    return "controlnet.images" if isinstance(recipe, ControlNetRecipe) else "unet.images"
 
 
-def check_images(images: str, field: str) -> None:
+def check_images(section: ImagesSection, field: str) -> None:
     """There are files. What is in each is checked when they are read."""
-    if not images.startswith("s3://") and not _files(images):
-        raise InvalidRequest(field, images, "a folder, file or glob that is there and not empty")
+    if not section.images.startswith("s3://") and not _files(section.images):
+        raise InvalidRequest(f"{field}.images", section.images, "a folder, file or glob that is there and not empty")
 
 
 def check_prompts(data: DataSection) -> None:

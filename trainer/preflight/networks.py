@@ -6,26 +6,34 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
+from sdxs.controlnet import config_for
 from trainer.models import lora
 from trainer.models.conditioning import Conditioning
+from trainer.models.controlnets import Controlled, built, residuals
 from trainer.models.features import DinoV2Encoder, FeatureEncoder, UNetEncoder, VGGEncoder
-from trainer.models.students import feature_names, student_config
-from trainer.preflight.given import Recipe
-from trainer.preflight.shapes import TeacherShapes, build, dinov2_config, teacher_shapes, weightless
+from trainer.models.students import decoder_config, feature_names, student_config
+from trainer.preflight.given import Recipe, local_base
+from trainer.preflight.shapes import TeacherShapes, build, controlnet_shapes, dinov2_config, teacher_shapes, weightless
 from trainer.preflight.trace import Trace, trace
-from trainer.recipe import ControlNetRecipe, DistillRecipe, StyleRecipe
+from trainer.recipe import ControlNetRecipe, ControlRecipe, DistillRecipe, StyleRecipe
 from trainer.sections import FeatureSection, PairsSection
 from trainer.stages.decoder import PatchDiscriminator
 
 Config = Mapping[str, Any]
+
+
+class Controls(NamedTuple):
+    """A ControlNet on its U-Net, and how many of their parameters learn."""
+
+    trace: Trace
+    learns: int
 
 
 class Networks:
@@ -53,8 +61,8 @@ class Networks:
         """Of the student, or of the bundle that learns a style where it is at hand."""
         recipe = self.recipe
         if isinstance(recipe, StyleRecipe):
-            unet = Path(recipe.base) / "unet" / "config.json"
-            return dict(UNet2DConditionModel.load_config(unet)) if unet.is_file() else student_config(self.shapes.unet)
+            folder = local_base(recipe.base)
+            return dict(UNet2DConditionModel.load_config(folder / "unet")) if folder else student_config(self.shapes.unet)
         blocks = None if isinstance(recipe, ControlNetRecipe) else recipe.student.blocks
         return student_config(self.shapes.unet, blocks)
 
@@ -81,6 +89,45 @@ class Networks:
         recipe = self.recipe
         return recipe.offline.teacher if isinstance(recipe, DistillRecipe) and recipe.offline else None
 
+    @cached_property
+    def controlnet(self) -> Trace:
+        """The teacher's ControlNet, frozen; gradients pass through it to the latent."""
+        assert isinstance(self.recipe, ControlRecipe)
+        config = controlnet_shapes(self.recipe.controlnet, self.shapes).config
+        with weightless():
+            network = built(config, "controlnet").requires_grad_(False)
+            return trace(network, self._adds, bf16=self.bf16)
+
+    def _adds(self, network: nn.Module, images: int) -> Any:
+        latent_BCHW, t_B = torch.zeros(images, *self.shapes.latent, requires_grad=True), torch.zeros(images, dtype=torch.long)
+        return residuals(
+            network, latent_BCHW, t_B, conditioning(self.shapes, images).arguments(), torch.zeros(images, *self._image)
+        )
+
+    @cached_property
+    def controlled(self) -> Controls:
+        """What learns to control: a ControlNet on a frozen U-Net, the student's, or the teacher's in a run that trains the latter's."""
+        config = self.shapes.unet if isinstance(self.recipe, ControlNetRecipe) else self.student_config
+        with weightless():
+            unet = build(UNet2DConditionModel, config, "unet").requires_grad_(False)
+            learns = built(config_for(unet.config, self.shapes.factor), "unet")
+            found = trace(Controlled(unet, learns), self._follows, bf16=self.bf16, backward=True)
+        return Controls(found, sum(p.numel() for p in learns.parameters()))
+
+    def _follows(self, network: nn.Module, images: int) -> Any:
+        t_B, map_BCHW = torch.zeros(images, dtype=torch.long), torch.zeros(images, *self._image)
+        return network(
+            torch.zeros(images, *self.shapes.latent), t_B, map_BCHW, **conditioning(self.shapes, images).arguments()
+        ).sample
+
+    @property
+    def up_features(self) -> int:
+        """Elements of the teacher's features that belong to up blocks."""
+        with torch.device("meta"):
+            student = build(UNet2DConditionModel, self.student_config, "student")
+        named = zip(feature_names(student)[1], self.teacher.outputs, strict=True)
+        return sum(elements for name, elements in named if name.startswith("up_blocks"))
+
     def drawing(self, section: PairsSection) -> Trace:
         """Who draws samples."""
         return self.teacher if section.teacher is None else self._other(section.teacher)
@@ -89,7 +136,7 @@ class Networks:
         """Of another teacher; of one of the same shape the teacher's own."""
         if source not in self._others:
             shapes = teacher_shapes(source)
-            alike = _same(shapes.unet, self.shapes.unet)
+            alike = _alike(shapes.unet, self.shapes.unet)
             self._others[source] = self.teacher if alike else self._unet(shapes, shapes.unet)
         return self._others[source]
 
@@ -104,8 +151,7 @@ class Networks:
     def _encoder(self, section: FeatureSection) -> FeatureEncoder:
         if section.encoder == "unet":
             return UNetEncoder(build(UNet2DConditionModel, self.shapes.unet, "teacher.unet"))
-        assert isinstance(self.recipe, DistillRecipe)
-        tiny: Any = build(AutoencoderTiny, self.recipe.decoder.config, "decoder.config")
+        tiny: Any = build(AutoencoderTiny, self._decoder_config, "decoder.config")
         tiny.requires_grad_(False)
 
         def decode(latent_BCHW: Tensor) -> Tensor:
@@ -115,6 +161,19 @@ class Networks:
         if section.encoder == "vgg":
             return VGGEncoder(decode)
         return DinoV2Encoder(transformers.Dinov2Model(dinov2_config(section.encoder_source or "")), decode)
+
+    @property
+    def _decoder_config(self) -> Config:
+        """Of the small decoder: the recipe's; else that of the base it goes on from, which where it is not at hand has the usual one."""
+        if isinstance(self.recipe, DistillRecipe):
+            return self.recipe.decoder.config
+        assert isinstance(self.recipe, (StyleRecipe, ControlRecipe))
+        folder = local_base(self.recipe.base)
+        return (
+            dict(AutoencoderTiny.load_config(folder / "vae"))
+            if folder
+            else decoder_config(self.shapes.latent[0], self.shapes.factor)
+        )
 
     def _seen(self, network: nn.Module, images: int) -> Any:
         return network(torch.zeros(images, *self.shapes.latent, requires_grad=True), conditioning(self.shapes, images))
@@ -187,7 +246,7 @@ class Networks:
         return sum(p.numel() for p in unet.parameters() if p.requires_grad)
 
 
-def _same(a: Config, b: Config) -> bool:
+def _alike(a: Config, b: Config) -> bool:
     """Whether two configurations say the same; what diffusers notes of itself does not count."""
     plain = [json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True) for config in (a, b)]
     return plain[0] == plain[1]

@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sdxs.controlnet import config_for
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound
 from trainer.models.families import family
 from trainer.models.students import student_config
@@ -38,6 +39,13 @@ PUBLISHED = {
     "segmind-vega": "vega",
 }
 """Families by the last part of a hub id."""
+PUBLISHED_CONTROLNETS = {
+    **{f"controlnet-sd21-{kind}-diffusers": "sd21" for kind in ("canny", "hed", "lineart", "scribble")},
+    **{f"sd-controlnet-{kind}": "sd15" for kind in ("canny", "hed", "scribble")},
+    **{f"control_v11p_sd15_{kind}": "sd15" for kind in ("canny", "lineart", "scribble", "softedge")},
+    "controlnet-canny-sdxl-1.0": "sdxl",
+}
+"""The same of ControlNets that read lines; each has the shapes of its family's U-Net."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,17 @@ def local_folder(source: str) -> Path | None:
     embedded = ASSETS / source.removesuffix("-teacher") / "teacher"
     if source.endswith("-teacher") and embedded.is_dir():
         return embedded
+    return _here(source, PARTS)
+
+
+def _here(source: str, parts: tuple[str, ...]) -> Path | None:
+    """A folder, or a hub snapshot with these parts that was downloaded before."""
     if Path(source).is_dir():
         return Path(source).resolve()
-    return _cached(source) if source.count("/") == 1 else None
+    return _cached(source, parts) if source.count("/") == 1 else None
 
 
-def _cached(source: str) -> Path | None:
+def _cached(source: str, parts: tuple[str, ...]) -> Path | None:
     """A hub snapshot that was downloaded before, whole."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -98,7 +111,7 @@ def _cached(source: str) -> Path | None:
         folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if all((folder / part).is_dir() for part in PARTS) else None
+    return folder if all((folder / part).exists() for part in parts) else None
 
 
 def teacher_shapes(source: str) -> TeacherShapes:
@@ -126,6 +139,44 @@ def read_shapes(source: str, folder: Path) -> TeacherShapes:
     second = [_read(folder, "text_encoder_2/config.json")] if (folder / "text_encoder_2").is_dir() else []
     texts = (configs["text_encoder"], *second)
     return TeacherShapes(source, configs["unet"], configs["vae"], configs["scheduler"], texts, folder)
+
+
+@dataclass(frozen=True)
+class ControlNetShapes:
+    """A ControlNet's configuration. `folder` is None where only that is known."""
+
+    source: str
+    config: Config
+    folder: Path | None = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side of the control image to one element of a latent."""
+        return int(2 ** (len(self.config.get("conditioning_embedding_out_channels", (0,) * 4)) - 1))
+
+
+def local_controlnet(source: str) -> Path | None:
+    """Where a ControlNet's files are on this machine without asking anybody; None if they are not."""
+    embedded = ASSETS / source.removesuffix("-teacher-controlnet") / "controlnet"
+    if source.endswith("-teacher-controlnet") and embedded.is_dir():
+        return embedded
+    return _here(source, ("config.json",))
+
+
+def controlnet_shapes(source: str, teacher: TeacherShapes, folder: Path | None = None) -> ControlNetShapes:
+    """The configuration of a ControlNet: that of its folder; else that of its family as published; else that of one made from the
+    teacher's U-Net, which any that fits has.
+
+    Raises:
+        CorruptArtifact: its configuration is missing or not JSON.
+    """
+    folder = folder or local_controlnet(source)
+    if folder is not None:
+        return ControlNetShapes(source, _read(folder, "config.json"), folder)
+    name = PUBLISHED_CONTROLNETS.get(source.partition("@")[0].rpartition("/")[2].lower())
+    if name is None:
+        return ControlNetShapes(source, config_for(teacher.unet, teacher.factor))
+    return ControlNetShapes(source, config_for(family(name).unet, 8))
 
 
 def _read(folder: Path, name: str) -> Config:

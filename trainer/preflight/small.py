@@ -6,23 +6,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 
 from sdxs import bundle
 from trainer.models import lora
+from trainer.models.controlnets import from_unet
 from trainer.models.families import write_teacher
 from trainer.models.features import VGGEncoder
 from trainer.models.folders import conditioning_folders, write_model_index, write_one_step_scheduler
-from trainer.models.students import shrink
-from trainer.preflight.checks import NOISE, drawn_sections, trained_sections
+from trainer.models.students import Blocks, shrink
+from trainer.preflight.checks import drawn_sections, trained_sections
+from trainer.preflight.control_checks import NOISE
 from trainer.preflight.given import Recipe
 from trainer.preflight.shapes import TeacherShapes, family_of, feature_maps, read_shapes, teacher_shapes
-from trainer.recipe import DistillRecipe, StyleRecipe, parse
+from trainer.recipe import ControlNetRecipe, ControlRecipe, DistillRecipe, StyleRecipe, parse
 from trainer.sections import MatchingSection
 from trainer.sources import ASSETS, load_frozen
+from trainer.worlds.base import get_world
 
 STEPS, BATCH, COUNT = 2, 4, 8
 WORLD = "scenes"  # whose captions stand for the prompts
@@ -43,6 +48,11 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
         *path, last = name.split(".")
         holder = data[path[0]] if path else data
         holder[last] |= {"count": COUNT, "steps": STEPS, "teacher": _small_other(holder[last]["teacher"], folder)}
+    if isinstance(recipe, ControlNetRecipe) and recipe.controlnet.images is not None:
+        data["world"], data["controlnet"]["images"] = None, _small_images(folder / "images", shapes)
+    if isinstance(recipe, ControlRecipe):
+        data["base"] = str(_small_bundle(teacher, folder / "base", recipe.student.blocks))
+        data["controlnet"] = str(_small_controlnet(teacher, folder / "controlnet"))
     if isinstance(recipe, StyleRecipe):
         data["base"] = str(_small_bundle(teacher, folder / "base"))
         data["style"]["path"] = str(_small_lora(teacher, folder / "style"))
@@ -131,10 +141,32 @@ def _small_lora(teacher: Path, folder: Path) -> Path:
     return folder
 
 
-def _small_bundle(teacher: Path, folder: Path) -> Path:
+def _small_controlnet(teacher: Path, folder: Path) -> Path:
+    """A ControlNet of a teacher that adds something: its zero convolutions are not."""
+    shapes = read_shapes(str(teacher), teacher)
+    network = from_unet(load_frozen(UNet2DConditionModel, teacher / "unet"), shapes.factor)
+    for name, weight in network.named_parameters():
+        if name.startswith("controlnet_") and weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.1)
+    network.save_pretrained(folder)
+    return folder
+
+
+def _small_images(folder: Path, shapes: TeacherShapes) -> dict[str, Any]:
+    """A few captioned images of the teacher's size."""
+    side = shapes.latent[1] * shapes.factor
+    images, captions = get_world(WORLD).training_images(BATCH, np.random.default_rng(0))
+    folder.mkdir()
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        Image.fromarray(image).resize((side, side)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return {"images": str(folder), "size": side}
+
+
+def _small_bundle(teacher: Path, folder: Path, blocks: Blocks | None = None) -> Path:
     """A one-step bundle of the teacher's own shrunk U-Net, as a distillation would leave it."""
     shapes = read_shapes(str(teacher), teacher)
-    shrink(load_frozen(UNet2DConditionModel, teacher / "unet")).save_pretrained(folder / "unet")
+    shrink(load_frozen(UNet2DConditionModel, teacher / "unet"), blocks).save_pretrained(folder / "unet")
     AutoencoderTiny(**_small_decoder({}, shapes)).save_pretrained(folder / "vae")
     for name in conditioning_folders(teacher):
         (folder / name).symlink_to(teacher / name)

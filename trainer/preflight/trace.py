@@ -27,7 +27,7 @@ CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)
 class Trace:
     """Of one network: parameters, FLOPs of the forward pass of one image (2 per multiply-add), of these in fused attention and in the
     blocks that checkpointing computes again; bytes that autograd keeps for n images, fixed + n each, the same with activation
-    checkpointing; and elements of each tapped output of one image."""
+    checkpointing; elements of each tapped output of one image; and FLOPs of its backward pass where they were counted."""
 
     parameters: int
     flops: float
@@ -37,10 +37,13 @@ class Trace:
     each: int
     each_checkpointed: int
     outputs: tuple[int, ...] = ()
+    counted: float | None = None
 
     def backward(self, weights: bool) -> float:
         """FLOPs of the backward pass of one image: gradients of the inputs and, if the weights learn, theirs. Fused attention does five
         products there, where it did two."""
+        if self.counted is not None:
+            return self.counted
         return (2 if weights else 1) * (self.flops - self.attention) + 2.5 * self.attention
 
     def saved(self, images: int, checkpointing: bool) -> int:
@@ -73,16 +76,18 @@ class _Blocks:
     inside: list[int] = field(default_factory=list)
     flops: float = 0.0
     inputs: int = 0
-    _before: list[int] = field(default_factory=list)
+    _before: list[tuple[int, int]] = field(default_factory=list)
 
-    def enter(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._before.append(self.kept.total)
-        self.flops -= self.counter.get_total_flops()
+    def enter(self, _module: nn.Module, _inputs: Any) -> None:
+        self._before.append((self.kept.total, self.counter.get_total_flops()))
+
+    def leave(self, _module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+        kept, flops = self._before.pop()
+        if self.kept.total == kept:
+            return  # no gradient passes through
+        self.inside.append(self.kept.total - kept)
+        self.flops += self.counter.get_total_flops() - flops
         self.inputs += inputs[0].nbytes
-
-    def leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self.inside.append(self.kept.total - self._before.pop())
-        self.flops += self.counter.get_total_flops()
 
     @property
     def checkpointed(self) -> int:
@@ -90,13 +95,16 @@ class _Blocks:
         return self.kept.total - sum(self.inside) + self.inputs + max(self.inside, default=0)
 
 
-def trace(network: nn.Module, call: Callable[[Any, int], Any], *, bf16: bool = False, taps: Sequence[str] = ()) -> Trace:
+def trace(
+    network: nn.Module, call: Callable[[Any, int], Any], *, bf16: bool = False, taps: Sequence[str] = (), backward: bool = False
+) -> Trace:
     """Measure a network made inside `weightless()`, in there.
 
     Args:
         call: runs the network on so many images.
         bf16: under autocast.
         taps: modules whose outputs are to be counted.
+        backward: run the backward pass too and count it: for networks of which gradients reach only a part.
     """
     tap = FeatureTap(network, list(taps))
     one, two = (_forward(network, call, images, bf16) for images in (1, 2))
@@ -107,7 +115,16 @@ def trace(network: nn.Module, call: Callable[[Any, int], Any], *, bf16: bool = F
         parameters=sum(p.numel() for p in network.parameters()), flops=float(one.counter.get_total_flops()),
         attention=float(sum(flops.get(kernel, 0) for kernel in CPU_ATTENTION)), repeated=one.flops, fixed=one.kept.total - each,
         each=each, each_checkpointed=two.checkpointed - one.checkpointed, outputs=outputs,
+        counted=_backward(network, call) if backward else None,
     )  # fmt: skip
+
+
+def _backward(network: nn.Module, call: Callable[[Any, int], Any]) -> float:
+    """FLOPs of the backward pass of one image."""
+    output = call(network, 1)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        output.sum().backward()
+    return float(counter.get_total_flops())
 
 
 def _forward(network: nn.Module, call: Callable[[Any, int], Any], images: int, bf16: bool) -> _Blocks:

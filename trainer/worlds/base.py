@@ -17,6 +17,10 @@ class World(Protocol):
     heads: dict[str, int]  # what the judge classifies: head name -> number of classes
     retrieval: bool  # True: scored by nearest real image; False: by all heads being right
 
+    def missing(self) -> str | None:
+        """What training and judge images need and this machine does not have."""
+        ...
+
     def captions(self, split: str) -> list[str]:
         """Captions of "train" or "heldout"; each stands once."""
         ...

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sdxs.errors import PreconditionFailed
 from trainer.worlds.emoji_list import ASSETS, Emoji
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+PACKAGE = "fonts-noto-color-emoji"  # Debian's
 FONT_SIZE = 109  # the only strike in the font: 136x128 bitmaps
 SIZE = 64
 ARTWORK = 128  # pixels of a master render, from which augmented views are scaled down
@@ -38,9 +40,9 @@ def captions(split: str) -> list[str]:
 
 
 def render(sequence: str) -> Image.Image:
-    """One emoji sequence (ZWJ and skin tone sequences included) as a 128x128 RGBA master."""
+    """One emoji sequence (ZWJ and skin tone sequences included) as a 128x128 RGBA master. Raises PreconditionFailed without the font."""
     if not FONT.exists():
-        raise FileNotFoundError(f"{FONT} is missing: install the Debian package fonts-noto-color-emoji")
+        raise PreconditionFailed(f"{FONT} is missing: install the Debian package {PACKAGE}")
     font = ImageFont.truetype(str(FONT), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     canvas = Image.new("RGBA", (136, 136), (255, 255, 255, 0))
     ImageDraw.Draw(canvas).text((0, 4), sequence, font=font, embedded_color=True)
@@ -106,6 +108,9 @@ class EmojiWorld:
         if self._masters is None:
             self._masters = [render(e.sequence) for e in self.emoji]
         return self._masters
+
+    def missing(self) -> str | None:
+        return None if FONT.exists() else f"the Debian package {PACKAGE}"
 
     def captions(self, split: str) -> list[str]:
         return captions(split)

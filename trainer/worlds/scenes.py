@@ -77,6 +77,9 @@ class ScenesWorld:
         self._splits = {"heldout": scenes[:held], "train": scenes[held:]}
         self._by_caption = {caption(scene): scene for scene in scenes}
 
+    def missing(self) -> str | None:
+        return None
+
     def captions(self, split: str) -> list[str]:
         return [caption(scene) for scene in self._splits[split]]
 
