@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -27,6 +26,7 @@ from trainer.artifacts import Artifacts, open_artifacts
 from trainer.cluster import StageJob
 from trainer.data.latent_cache import EncodedImages
 from trainer.data.source import Captions
+from trainer.disk import full_disk
 from trainer.pairs import Pairs
 from trainer.placement import Placement, world_size
 from trainer.plan import DRAWN
@@ -52,7 +52,7 @@ def work(job: StageJob) -> None:
         return
     try:
         _work(job)
-    except (SdxsError, OSError) as error:
+    except Exception as error:
         reason = _final(error)
         if reason is None:
             raise
@@ -67,8 +67,9 @@ def _final(error: Exception) -> str | None:
         return None
     if isinstance(error, SdxsError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on {socket.gethostname()} for a checkpoint ({error.filename or tempfile.gettempdir()})"
+    full = full_disk(error)
+    if full is not None:
+        return f"no space left on {socket.gethostname()} for a checkpoint ({full.filename or tempfile.gettempdir()})"
     return None
 
 
