@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.disk import full_disk
 from trainer.optimisation import Losses, Trainable
 from trainer.placement import world_size
 
@@ -89,12 +90,24 @@ def save_state(stage: Stage, step: int, path: Path, *, write: bool = True) -> No
     """Write a resumable state atomically: a reader sees the old file or the new one, never half.
 
     The workers of a run gather the state together; all but one pass `write` = False.
+
+    Raises:
+        OSError: there is no room for it. What was written of it is removed.
     """
     state = {"step": step, "stage": stage.state_dict()}
-    if write:
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(path)
+    if not write:
+        return
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:  # given a path, torch would write in C++, which does not say why it failed
+            torch.save(state, file)
+    except (RuntimeError, OSError) as error:
+        part.unlink(missing_ok=True)
+        full = full_disk(error)
+        if full is None or full is error:
+            raise
+        raise full from None
+    part.replace(path)
 
 
 def load_state(stage: Stage, path: Path) -> int:

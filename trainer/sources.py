@@ -138,17 +138,19 @@ def latent_shape(folder: Path) -> tuple[int, int, int]:
     return config["in_channels"], config["sample_size"], config["sample_size"]
 
 
-def load_frozen(kind: Any, folder: Path, dtype: Any = None) -> Any:
-    """A network of a diffusers or transformers folder, in float32 unless told otherwise, in eval mode, without gradients.
+def load_network(kind: Any, folder: Path, dtype: Any = None) -> Any:
+    """A network of a diffusers or transformers folder, in float32 unless told otherwise, in eval mode.
 
     Weights stored in float16 or bfloat16 are widened; a folder that has only an `fp16` variant is read from it.
     """
     import torch
 
-    variant = "fp16" if not _plain_weights(folder) and any(folder.glob("*.fp16*.safetensors")) else None
-    network = kind.from_pretrained(folder, torch_dtype=dtype or torch.float32, variant=variant)
-    return network.eval().requires_grad_(False)
+    names = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    plain = any(name.count(".") == 1 for name in names)  # a variant's name has a dot more
+    variant = "fp16" if not plain and any(".fp16" in name for name in names) else None
+    return kind.from_pretrained(folder, torch_dtype=dtype or torch.float32, variant=variant).eval()
 
 
-def _plain_weights(folder: Path) -> bool:
-    return any(".fp16" not in path.name for path in folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+def load_frozen(kind: Any, folder: Path, dtype: Any = None) -> Any:
+    """The same without gradients."""
+    return load_network(kind, folder, dtype).requires_grad_(False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -28,6 +27,7 @@ from trainer.artifacts import Artifacts, open_artifacts
 from trainer.cluster import StageJob
 from trainer.data.latent_cache import EncodedImages
 from trainer.data.source import Captions
+from trainer.disk import full_disk
 from trainer.pairs import Pairs
 from trainer.placement import Placement, world_size
 from trainer.plan import DRAWN
@@ -53,7 +53,7 @@ def work(job: StageJob) -> None:
         return
     try:
         _work(job)
-    except (SdxsError, OSError) as error:
+    except Exception as error:
         reason = _final(error)
         if reason is None:
             raise
@@ -68,8 +68,9 @@ def _final(error: Exception) -> str | None:
         return None
     if isinstance(error, SdxsError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on {socket.gethostname()} for a checkpoint ({error.filename or tempfile.gettempdir()})"
+    full = full_disk(error)
+    if full is not None:
+        return f"no space left on {socket.gethostname()} for a checkpoint ({full.filename or tempfile.gettempdir()})"
     return None
 
 

@@ -18,6 +18,7 @@ from trainer.objectives.lcm import boundary_scalings, ddim_step, pseudo_huber
 from trainer.optimisation import Losses, gathered, stage_trainable
 from trainer.placement import Deal, Turn
 from trainer.recipe import DistillRecipe
+from trainer.sources import load_network
 from trainer.stages.context import Ahead, Batch, Predictor, StageContext, save_network
 from trainer.teacher import Denoise, Request, compact
 
@@ -31,7 +32,7 @@ class StraightenStage(Stage):
         assert section is not None
         torch.manual_seed(context.recipe.seed)
         self.context, self.section, self.steps, self.deal = context, section, section.steps, Deal.of(section)
-        self.unet: Any = UNet2DConditionModel.from_pretrained(context.teacher_folder / "unet", torch_dtype=torch.float32)
+        self.unet: Any = load_network(UNet2DConditionModel, context.teacher_folder / "unet")
         if section.lora_rank is not None:
             lora.attach(self.unet, section.lora_rank, targets=lora.EVERYWHERE)
         self.target = placement.place(copy.deepcopy(self.unet)).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from trainer.objectives.distillation import feature_distillation, knowledge_dist
 from trainer.optimisation import Losses, stage_trainable
 from trainer.placement import Deal, Turn
 from trainer.recipe import ControlRecipe, DistillRecipe
+from trainer.sources import load_network
 from trainer.stages.context import Ahead, Predictor, StageContext, save_network
 from trainer.teacher import Denoise, Request, compact
 
@@ -29,7 +30,7 @@ class UNetStage(Stage):
         assert isinstance(context.recipe, (DistillRecipe, ControlRecipe))
         section, placement = context.recipe.unet, context.placement
         self.context, self.section, self.steps = context, section, section.steps
-        teacher = UNet2DConditionModel.from_pretrained(context.teacher_folder / "unet", torch_dtype=torch.float32)
+        teacher = load_network(UNet2DConditionModel, context.teacher_folder / "unet")
         self.student = shrink(teacher, context.recipe.student.blocks)
         del teacher
         self.teacher_names, student_names = feature_names(self.student)
