@@ -23,6 +23,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
 
 from benchmarks.machine import machine, write
 from sdxs import tensors
@@ -37,6 +39,7 @@ from services.fabric.environment import REPLICA_ENVIRONMENT
 from services.fabric.peers import Address, PeerSet
 from services.fabric.server import DataPlane
 from services.settings import ServingSettings
+from services.unet.receiving import residual_shapes
 from services.unet.service import DESCRIPTOR, UNetService
 
 NODE, DIGEST = "this", "sha256:0"
@@ -47,15 +50,17 @@ ROUNDS = {"emoji, 64x64": 30, "SDXS-512, 512x512": 15, "SDXS-512, 1024x1024": 5}
 UNTIMED = 2  # first rounds: memory is mapped, connections are made
 
 
-def shapes(size: str) -> list[tuple[int, ...]]:
-    """Of one image's residuals in a student of one layer a block: input, then each stage's layer and downsampler, then the mid one."""
-    side, (first, second, third) = LATENT[size], WIDTHS[size]
-    sides = [(first, side), (first, side), (first, side // 2), (second, side // 2), (second, side // 4), (third, side // 4)]
-    return [(1, width, s, s) for width, s in [*sides, sides[-1]]]
-
-
 class Reading:
-    """A U-Net that reads each residual once."""
+    """A U-Net of a student's shapes that reads each residual once and computes nothing."""
+
+    def __init__(self, size: str) -> None:
+        kinds: dict[str, Any] = {
+            "down_block_types": ("DownBlock2D",) * 3,
+            "up_block_types": ("UpBlock2D",) * 3,
+            "mid_block_type": None,
+        }
+        with torch.device("meta"):
+            self.network = UNet2DConditionModel(block_out_channels=WIDTHS[size], layers_per_block=1, **kinds)
 
     def denoise(
         self, noise_BCHW: np.ndarray, prompts: Prompts, residuals: Residuals | None = None, inits: Sequence[Any] = ()
@@ -66,11 +71,17 @@ class Reading:
         return noise_BCHW
 
 
-def service() -> UNetService:
+def latent(size: str) -> tuple[int, int, int]:
+    """Its shape."""
+    return 4, LATENT[size], LATENT[size]
+
+
+def service(size: str) -> UNetService:
     """The U-Net's room around it."""
-    facts = Facts(DIGEST, 64, (4, 8, 8), (2, 2), 0)
-    network: Any = Reading()
-    return UNetService(network, facts, ServingSettings(max_message_bytes=LIMIT))
+    network: Any = Reading(size)
+    return UNetService(
+        network, Facts(DIGEST, 8 * LATENT[size], latent(size), (2, 2), 0), ServingSettings(max_message_bytes=LIMIT)
+    )
 
 
 def request() -> unet_pb2.DenoiseRequest:
@@ -79,17 +90,17 @@ def request() -> unet_pb2.DenoiseRequest:
     return unet_pb2.DenoiseRequest(text=text, seeds=[0])
 
 
-async def serve() -> None:
+async def serve(size: str) -> None:
     """The receiving process: prints its address, ends with its standard input."""
-    plane = DataPlane(Endpoint(DESCRIPTOR, service(), 8), LIMIT)
+    plane = DataPlane(Endpoint(DESCRIPTOR, service(size), 8), LIMIT)
     await plane.start("127.0.0.1:0")
     print(json.dumps({"target": plane.address, "pid": os.getpid()}), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await plane.drain(0)
 
 
-async def measure(target: str, pid: int) -> list[dict[str, Any]]:
-    """Milliseconds of every way and size, from this process to the receiver."""
+async def measure(size: str, target: str, pid: int) -> list[dict[str, Any]]:
+    """Milliseconds of every way, from this process to the receiver."""
 
     async def resolve() -> list[Address]:
         return [Address(target, DIGEST, pid, NODE)]
@@ -97,18 +108,16 @@ async def measure(target: str, pid: int) -> list[dict[str, Any]]:
     peers = PeerSet("sdxs.v1.UNetService", resolve, DIGEST, max_message_bytes=LIMIT)
     peers.open()
     shared, inline = Sender(peers, NODE, LIMIT, LIMIT), Sender(peers, NODE, 0, LIMIT)
-    lines = []
-    for size in WIDTHS:
-        rng = np.random.default_rng(0)
-        residuals = Residuals(tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes(size)))
-
-        ways: dict[str, Callable[[], Awaitable[None]]] = {
-            "shared memory": partial(through, shared, residuals),
-            "message": partial(through, inline, residuals),
-            "two messages": partial(through, inline, residuals, 2),
-            "fused": partial(inside, residuals),
-        }
-        lines += await _rounds(size, ways, sum(part.nbytes for part in residuals.parts))
+    rng, reading = np.random.default_rng(0), Reading(size)
+    shapes = residual_shapes(reading.network, latent(size))
+    residuals = Residuals(tuple(rng.normal(size=(1, *shape)).astype(np.float32) for shape in shapes))
+    ways: dict[str, Callable[[], Awaitable[None]]] = {
+        "shared memory": partial(through, shared, residuals),
+        "message": partial(through, inline, residuals),
+        "two messages": partial(through, inline, residuals, 2),
+        "fused": partial(inside, reading, residuals),
+    }
+    lines = await _rounds(size, ways, sum(part.nbytes for part in residuals.parts))
     assert shared.inline == 0
     assert inline.shared == 0
     await peers.close()
@@ -123,10 +132,10 @@ async def through(sender: Sender, residuals: Residuals, times: int = 1) -> None:
         await sender.send(request(), residuals, Deadline())
 
 
-async def inside(residuals: Residuals) -> None:
+async def inside(reading: Reading, residuals: Residuals) -> None:
     """What is left when there is nobody to hand anything to: the network's own thread reads the residuals."""
     noise_BCHW, prompts = np.zeros((1, 4, 8, 8), np.float32), Prompts(np.zeros((1, 2, 2), np.float32))
-    await asyncio.to_thread(Reading().denoise, noise_BCHW, prompts, residuals)
+    await asyncio.to_thread(reading.denoise, noise_BCHW, prompts, residuals)
 
 
 async def _rounds(size: str, ways: dict[str, Callable[[], Awaitable[None]]], nbytes: int) -> list[dict[str, Any]]:
@@ -143,14 +152,16 @@ async def _rounds(size: str, ways: dict[str, Callable[[], Awaitable[None]]], nby
     ]
 
 
-def pair(environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Receiver and sender, both with these variables."""
+def pair(size: str, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """Receiver and sender of a size, both with these variables."""
     command, env = [sys.executable, "-m", "benchmarks.handover"], {**os.environ, **environment}
-    with subprocess.Popen([*command, "--serve"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [*command, "--serve", size], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdin is not None
         assert server.stdout is not None
         found = json.loads(server.stdout.readline())
-        address = [found["target"], str(found["pid"])]
+        address = [size, found["target"], str(found["pid"])]
         done = subprocess.run([*command, "--measure", *address], env=env, check=True, stdout=subprocess.PIPE, text=True)
         server.stdin.close()
     lines = json.loads(done.stdout.splitlines()[-1])
@@ -160,16 +171,18 @@ def pair(environment: dict[str, str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", action="store_true", help="be the receiver")
-    parser.add_argument("--measure", nargs=2, metavar=("TARGET", "PID"), help="be the sender; prints JSON")
+    parser.add_argument("--serve", metavar="SIZE", help="be the receiver")
+    parser.add_argument("--measure", nargs=3, metavar=("SIZE", "TARGET", "PID"), help="be the sender; prints JSON")
     chosen = parser.parse_args()
     if chosen.serve:
-        asyncio.run(serve())
+        asyncio.run(serve(chosen.serve))
     elif chosen.measure:
-        print(json.dumps(asyncio.run(measure(chosen.measure[0], int(chosen.measure[1])))))
+        size, target, pid = chosen.measure
+        print(json.dumps(asyncio.run(measure(size, target, int(pid)))))
     else:
-        lines = [{"memory": "replicas' settings", **line} for line in pair(dict(REPLICA_ENVIRONMENT))]
-        lines += [{"memory": "glibc's settings", **line} for line in pair({})]
+        lines = []
+        for memory, environment in (("replicas' settings", dict(REPLICA_ENVIRONMENT)), ("glibc's settings", {})):
+            lines += [{"memory": memory, **line} for size in WIDTHS for line in pair(size, environment)]
         print(write("handover", [{"machine": machine(), **line} for line in lines]))
         for line in lines:
             print(f"{line['memory']:20} {line['size']:22} {line['way']:14} {line['bytes'] / 1e6:6.1f} MB {line['ms']:8.2f} ms")
