@@ -22,8 +22,10 @@ from trainer.optimisation import Losses, stage_trainable
 from trainer.placement import Deal, Turn
 from trainer.real_images import encoded_images
 from trainer.recipe import ControlNetRecipe
+from trainer.sections import ControlNetSection
 from trainer.sources import load_frozen
 from trainer.stages.context import Predictor, StageContext, save_student
+from trainer.warps import warped
 from trainer.worlds.base import get_world
 
 VIEWS_SEED = 7
@@ -42,10 +44,13 @@ class Views(Protocol):
 class WorldViews:
     """Random views of a world, encoded when first asked for."""
 
-    def __init__(self, name: str, count: int, vae: AutoencoderKL, seed: int) -> None:
-        images, self.captions = get_world(name).training_images(count, np.random.default_rng([seed, VIEWS_SEED]))
+    def __init__(self, name: str, section: ControlNetSection, vae: AutoencoderKL, seed: int) -> None:
+        rng = np.random.default_rng([seed, VIEWS_SEED])
+        images, self.captions = get_world(name).training_images(section.views, rng)
+        if section.warp:
+            images = np.stack([warped(image, rng, section.warp) for image in images])
         with torch.no_grad():
-            parts = [vae.encode(to_tensor(part)).latent_dist.mean for part in np.array_split(images, -(-count // 64))]
+            parts = [vae.encode(to_tensor(part)).latent_dist.mean for part in np.array_split(images, -(-len(images) // 64))]
         self.image_NHWC, self.latent_NCHW = images, (torch.cat(parts) * vae.config.scaling_factor).half()
 
     def __len__(self) -> int:
@@ -93,7 +98,7 @@ class ControlNetStage(Stage):
     def _views(recipe: ControlNetRecipe, vae: AutoencoderKL) -> Views:
         if recipe.world is None:
             return CapturedViews(recipe, Settings())
-        return WorldViews(recipe.world, recipe.controlnet.views, vae, recipe.seed)
+        return WorldViews(recipe.world, recipe.controlnet, vae, recipe.seed)
 
     def step(self, index: int) -> Losses:
         return self.trainables["unet"].learn(self.deal.turns(index), self._losses)
