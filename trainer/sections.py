@@ -161,8 +161,8 @@ class SampleImagesSection(Section):
 class ControlNetSection(Optimisation):
     """A ControlNet for the multi-step teacher (arXiv:2302.05543), on captioned images: `views` of a world's, or `images`.
 
-    `caption_dropout`: that share of the captions is empty, so that it learns to see in the map what the image shows. `warp`: a world's views
-    are bent so much (trainer.warps): where a caption has one picture, only then does the map say more than it.
+    `caption_dropout`: that share of the captions is empty, so that it learns to see in the map what the image shows. `warp`: a world's
+    views are bent so much (trainer.warps): where a caption has one picture, only then does the map say more than it.
     """
 
     caption_dropout: float = Field(default=0.5, ge=0, lt=1)
