@@ -56,7 +56,7 @@ def gateway(control_bundle: Path, tmp_path: Path) -> Iterator[str]:
             nodes.shutdown()
 
 
-def add_node(nodes: RayCluster, **options: object) -> None:
+def add_node(nodes: RayCluster, **options: bool) -> None:
     """Ray gives a node 30 seconds to start, whatever the machine is doing."""
     for left in reversed(range(3)):
         try:
