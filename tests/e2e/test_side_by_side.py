@@ -22,7 +22,7 @@ from tests.controlnets import drawing
 from tests.e2e.conftest import mapped
 from trainer.session import LOCAL_RAY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 EDGE = Control(drawing(), "edge")
 
 
@@ -31,14 +31,14 @@ def gateway(control_bundle: Path, tmp_path: Path) -> Iterator[str]:
     """An application on two nodes, its gateway SERVING."""
     address = f"127.0.0.1:{free_port()}"
     one, beside = Placement(), Placement(replicas=2, max_replicas_per_node=1)
-    ours = {"SDXS_GATEWAY_ADDRESS": address, "SDXS_REDIS_URL": "", "RAY_raylet_start_wait_time_s": "120"}
-    variables = {**LOCAL_RAY, **REPLICA_ENVIRONMENT, **ours}
+    variables = {**LOCAL_RAY, **REPLICA_ENVIRONMENT, "SDXS_GATEWAY_ADDRESS": address, "SDXS_REDIS_URL": ""}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        nodes = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        nodes = RayCluster()
         try:
-            nodes.add_node(num_cpus=2)
+            add_node(nodes, include_dashboard=False)
+            add_node(nodes)
             ray.init(address=nodes.address, log_to_driver=False)
             serve.start(proxy_location="Disabled")
             args = AppArgs(
@@ -48,12 +48,23 @@ def gateway(control_bundle: Path, tmp_path: Path) -> Iterator[str]:
                 [serve.RunTarget(build(args), name=APP_NAME, route_prefix=None)], wait_for_applications_running=False
             )
             with Client(address) as client:
-                client.wait_ready(300)
+                client.wait_ready(480)
             yield address
             serve.shutdown()
         finally:
             ray.shutdown()
             nodes.shutdown()
+
+
+def add_node(nodes: RayCluster, **options: bool) -> None:
+    """Ray gives a node 30 seconds to start, whatever the machine is doing."""
+    for left in reversed(range(3)):
+        try:
+            nodes.add_node(num_cpus=2, **options)
+            return
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 def replicas(deployment: str) -> list[Address]:
