@@ -89,6 +89,8 @@ def test_a_stage_resumes_to_the_last_bit_and_moves_its_controlnet_alone(
     unet = UNet2DConditionModel.from_pretrained(world.folder / UNETS[name] / "unet")
     assert same(copied(whole.student.unet), copied(unet))
     whole.export(tmp_path / "whole")
+    found = controlnet.load(tmp_path / "whole" / "controlnet")
+    assert isinstance(found, StudentControlNetModel) == (found.mid_block is None) == (name != "controlnet")
 
     first = stage_of(world, client, name)
     assert steps_of(first, range(1)) == lines[:1]
@@ -103,10 +105,8 @@ def test_a_stage_resumes_to_the_last_bit_and_moves_its_controlnet_alone(
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "resumed" / path).read_bytes()
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_stage_leaves_the_moving_average_in_a_folder_that_serves(
-    world: ControlWorld, client: TeacherClient, name: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["controlnet", "control_shrink"])
+def test_a_stage_leaves_the_moving_average(world: ControlWorld, client: TeacherClient, name: str, tmp_path: Path) -> None:
     stage = stage_of(world, client, name, ema=0.5)
     start = copied(stage.student.controlnet)
     after = []
@@ -114,10 +114,7 @@ def test_a_stage_leaves_the_moving_average_in_a_folder_that_serves(
         stage.step(index)
         after.append(copied(stage.student.controlnet))
     stage.export(tmp_path)
-    found = controlnet.load(tmp_path / "controlnet")
-    assert isinstance(found, StudentControlNetModel) == (name != "controlnet")
-    assert (found.mid_block is None) == (name != "controlnet")
-    for key, value in found.state_dict().items():
+    for key, value in controlnet.load(tmp_path / "controlnet").state_dict().items():
         average = start[key]
         for weights, decay in zip(after, (2 / 11, 3 / 12), strict=True):  # it ramps up as (1 + n) / (10 + n)
             average = decay * average + (1 - decay) * weights[key]
@@ -272,7 +269,8 @@ def test_a_grid_shows_control_images_the_teachers_samples_and_the_stages_own(
     assert found is not None
     rows = np.asarray(found).astype(int)[:, :32]
     assert found.size == (3 * 34 - 2, 3 * 34 - 2)  # white lines between the images
-    np.testing.assert_array_equal(rows[34:66], world.images.take(torch.tensor([0]))[0])
+    samples = world.images.take(torch.tensor([0]))[0].astype(int)
+    assert np.abs(rows[34:66] - samples).max() <= 1  # those went through float16
     free = sample_grid(name, stage, replace(context, sample_images=None))
     assert free is not None and free.size == (100, 66)
     assert np.abs(np.asarray(free).astype(int)[34:, :32] - rows[68:]).max() > 0
