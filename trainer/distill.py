@@ -193,8 +193,10 @@ class Distillation:
             return self.pools[spec]
 
     def _asks_pool(self, step: Step) -> bool:
-        """Whether a pool answers a step: always to draw, in training only where workers have no teacher of their own."""
-        return step.teacher is not None and (step.drawn or self.cluster.teachers > 0)
+        """Whether a pool answers a step: always to draw, in training only where workers have no teacher of their own. A ControlNet's
+        training asks nobody; its images are encoded before."""
+        training = self.cluster.teachers > 0 and not isinstance(step.section, ControlNetSection)
+        return step.teacher is not None and (step.drawn or training)
 
     def _done_with(self, spec: TeacherSpec | None, waiting: Counter[TeacherSpec | None]) -> None:
         """Close a pool that no later step asks: its devices may be another one's."""
@@ -241,7 +243,6 @@ class Distillation:
     def _train(self, step: Step) -> None:
         if isinstance(step.section, (ShrinkSection, ControlNetSection)) and step.section.images is not None:
             self._encode(step, step.section.images)
-        asks = step.teacher is not None and not isinstance(step.section, ControlNetSection)  # that one only has images encoded
         job = StageJob(
             stage=step.name,
             digest=step.digest,
@@ -249,8 +250,8 @@ class Distillation:
             prompts=self.prompts.digest,
             settings=self.settings.environment(),
             inputs={name: self.result.digests[name] for name in step.reads},
-            teacher=step.teacher if asks else None,
-            client=self.pool(step.teacher).client() if asks and step.teacher and self._asks_pool(step) else None,
+            teacher=None if isinstance(step.section, ControlNetSection) else step.teacher,
+            client=self.pool(step.teacher).client() if step.teacher and self._asks_pool(step) else None,
             board=self.board(),
             cluster=self.cluster,
         )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sdxs import bundle
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound
 from sdxs.settings import Settings
 from tests.controls import control_recipe, tiny_controlnet
 from tests.models import tiny_folder, tiny_recipe, tiny_teacher
-from trainer.cluster import Cluster
+from trainer import distill as module
+from trainer.cluster import Cluster, StageJob
 from trainer.distill import Distillation
 from trainer.plan import controlnet_digest
 from trainer.recipe import DistillRecipe, RunRecipe, parse
 from trainer.sources import teacher_folder
+from trainer.specs import TeacherSpec
+from trainer.teacher import InProcessTeacher, Teacher
 
 STAGES = ["decoder", "unet", "warmup", "diff_instruct"]
 
@@ -183,3 +188,54 @@ def test_conditions_are_known_and_stand_once(control: dict[str, Any], conditions
     with pytest.raises(InvalidRequest) as caught:
         parse({**control, "conditions": conditions})
     assert caught.value.field.startswith("recipe.conditions")
+
+
+@dataclass
+class Pool:
+    """Stands where actors would be; answers in this process."""
+
+    spec: TeacherSpec
+    closed: bool = False
+
+    def client(self) -> InProcessTeacher:
+        return InProcessTeacher(Teacher.load(self.spec))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("teachers", [0, 1])
+@pytest.mark.parametrize("kind", ["controlnet", "unet"])
+def test_a_pool_that_only_encoded_images_makes_room_before_the_stage_begins(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, teachers: int
+) -> None:
+    """Its places may be the workers' own, who would wait for them for ever."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    (tmp_path / "red.txt").write_text("red")
+    images, size = {"images": str(tmp_path), "size": 32}, {"steps": 2, "batch": 2, "lr": 1e-3}
+    data = tiny_recipe(teacher) | {"unet": {**size, "images": images}}
+    if kind == "controlnet":
+        data = {
+            "kind": kind,
+            "name": "c",
+            "teacher": str(teacher),
+            "conditions": ["edge"],
+            "controlnet": {**size, "images": images},
+        }
+    recipe, pools, jobs = parse(data), list[Pool](), list[tuple[StageJob, bool]]()
+    assert isinstance(recipe, RunRecipe)
+
+    def opened(spec: TeacherSpec, *_: Any, **__: Any) -> Pool:
+        pools.append(Pool(spec))
+        return pools[-1]
+
+    monkeypatch.setattr(module, "TeacherPool", opened)
+    monkeypatch.setattr(module, "run_stage", lambda job, *_: jobs.append((job, pools[0].closed)))
+    settings = Settings(store_url=f"file://{tmp_path}/store", cache_dir=tmp_path / "cache")
+    run = Distillation(recipe, settings, Cluster(teachers=teachers), lambda *_: None)
+    run._board = "board"
+    run._train(next(step for step in run.plan() if step.name == kind))
+    [(job, closed)] = jobs
+    asks = kind == "unet"
+    assert closed == (not asks or teachers == 0)
+    assert (job.teacher is not None, job.client is not None) == (asks, asks and teachers == 1)

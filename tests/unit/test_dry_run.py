@@ -21,7 +21,7 @@ from trainer.preflight.dry_run import dry_run, environment, rehearse, rehearse_t
 from trainer.preflight.small import small_recipe
 from trainer.recipe import ControlNetRecipe, ControlRecipe, DistillRecipe, RunRecipe, StyleRecipe, TeacherRecipe, built_in, load
 
-QUICK = ("style-lora", "scenes-control", "sdxs-512-controlnet")  # the latter on captioned images
+QUICK = ("style-lora", "scenes-control")
 ALL = [name for name in built_in() if not isinstance(load(name), TeacherRecipe)]
 
 

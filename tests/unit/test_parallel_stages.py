@@ -52,7 +52,8 @@ class Work:
         return lines
 
     def _controlled(self, name: str, parallel: str) -> Stage:
-        recipe = self.controls.recipe(STEPS, **{CONTROLS[name]: {"micro_batch": 2}, "compute": {"parallel": parallel}})
+        changes: dict[str, Any] = {CONTROLS[name]: {"micro_batch": 2}, "compute": {"parallel": parallel}}
+        recipe = self.controls.recipe(STEPS, **changes)
         placement = Placement.of(recipe.compute, torch.device("cpu"))
         return STAGES[name](self.controls.context(self.controls.client(), placement, recipe))
 
