@@ -35,7 +35,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         shutil.copytree(made["wide"], made[name])
     for path in made["wide"].rglob("*.safetensors"):
         half = {name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()}
-        save_file({name: value.float() if value.dtype == torch.float16 else value for name, value in half.items()}, path, {"format": "pt"})
+        save_file(
+            {name: value.float() if value.dtype == torch.float16 else value for name, value in half.items()},
+            path,
+            {"format": "pt"},
+        )
         inside = path.relative_to(made["wide"])
         save_file(half, made["half"] / inside, {"format": "pt"})
         save_file(half, (made["variant"] / inside).with_suffix(".fp16.safetensors"), {"format": "pt"})
