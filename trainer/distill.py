@@ -195,14 +195,14 @@ class Distillation:
             return
         order = self.order(step)
         result, count = (step.name, step.digest), len(order.seeds)
-        client = self.pool(step.teacher).client()
+        client = self.pool(step.teacher).client().whole()
         draw_shards(client, order, self.artifacts, result, lambda done: self.watch(step.name, done, count, {}))
 
     def _draw_images(self, step: Step, section: SampleImagesSection) -> None:
         """The images of the pairs that the step reads."""
         assert step.teacher is not None
         drawn = [Pairs.load(self.artifacts.fetch(name, self.result.digests[name])) for name in step.reads]
-        pairs, client = reduce(add, drawn), self.pool(step.teacher).client()
+        pairs, client = reduce(add, drawn), self.pool(step.teacher).client().whole()
         count = len(pairs.captions)
         told = lambda done: self.watch(step.name, done, count, {})  # noqa: E731
         draw_images(client, pairs, section.format, self.artifacts, (step.name, step.digest), told)
@@ -219,7 +219,7 @@ class Distillation:
     def _train(self, step: Step) -> None:
         if isinstance(step.section, (ShrinkSection, ControlNetSection)) and step.section.images is not None:
             assert step.teacher is not None
-            client, told = self.pool(step.teacher).client(), lambda done: self.watch("images", done, done, {})
+            client, told = self.pool(step.teacher).client().whole(), lambda done: self.watch("images", done, done, {})
             encode_images(step.section.images, self.recipe.teacher, client, self.settings, told)
         job = StageJob(
             stage=step.name,

@@ -39,7 +39,8 @@ def tables(costs: Sequence[StageCost], compute: ComputeSection, cluster: Cluster
     return Group(
         _work(costs, compute, cluster),
         _memory(costs, compute.activation_checkpointing),
-        f"all stages: {count(total)}FLOP, samples of {size(stored)}, {hours:,.1f} {DEVICE} hours at {UTILISATION:.0%} of its peak "
+        f"all stages: {count(total)}FLOP, samples of {size(stored)} on each machine, mapped into memory by its workers together, "
+        f"{hours:,.1f} {DEVICE} hours at {UTILISATION:.0%} of its peak "
         f"({PEAK[compute.precision] / 1e12:g} TFLOP/s in {compute.precision})",
     )
 
