@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,3 +48,28 @@ class Asker:
     def ask(self, requests: list[Ask]) -> int:
         self.pending = [self.client.submit(request) for request in requests]
         return os.getpid()
+
+
+class Crowd:
+    """A client of so many members that nobody else asks. Answers when a reply is wanted, and counts what is unanswered at once."""
+
+    def __init__(self, members: int, answer: Callable[[Any], list[Array]]) -> None:
+        self.members, self.answer = [None] * members, answer
+        self.asked: list[Any] = []
+        self.waiting = self.most = 0
+
+    def submit(self, request: Any) -> _Wanted:
+        self.asked.append(request)
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        return _Wanted(self, request)
+
+
+@dataclass
+class _Wanted:
+    crowd: Crowd
+    request: Any
+
+    def result(self) -> list[Array]:
+        self.crowd.waiting -= 1
+        return self.crowd.answer(self.request)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 
@@ -72,7 +73,16 @@ def stratified_timesteps(batch: int, low: int, high: int, generator: torch.Gener
     return t[torch.randperm(batch, generator=generator)]
 
 
-SOLVERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+SOLVERS: dict[str, Any] = {
+    "ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler,
+}  # fmt: skip
+
+
+def row_generators(noise_BCHW: Tensor) -> list[torch.Generator]:
+    """A generator for each row, seeded by that row's own noise: what it draws does not depend on who else is in the batch."""
+    rows = noise_BCHW.float().cpu().contiguous().numpy()
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
 
 
 @torch.no_grad()
@@ -83,19 +93,21 @@ def sample(
     steps: int,
     solver: str = "ddim",
 ) -> Tensor:
-    """Integrate the probability-flow ODE from noise to a latent.
+    """From noise to a latent, along the probability-flow ODE.
 
     Args:
         predict: network output (guidance applied) for (x_t, timestep of shape (B,)).
         solver: "ddim"; "dpm" for DPM-Solver++ 2M, which needs about half the steps for the same error; "euler", what few-step
-            models such as SD-Turbo were made for.
+            models such as SD-Turbo were made for; "lcm", multistep consistency sampling (arXiv:2310.04378), which is no ODE: each
+            step jumps to x0 and draws noise anew, here from generators that the initial noise seeds.
     """
     # A configuration that says nothing of clipping would clip latents to [-1, 1], which only images are within.
     options = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
     scheduler = SOLVERS[solver].from_config(dict(scheduler_config), **options)
     scheduler.set_timesteps(steps, device=noise_BCHW.device)
     x_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
+    drawn: dict[str, Any] = {"generator": row_generators(noise_BCHW)} if solver == "lcm" else {}
     for t in scheduler.timesteps:
         output = predict(scheduler.scale_model_input(x_BCHW, t), t.expand(len(x_BCHW)))
-        x_BCHW = scheduler.step(output, t, x_BCHW).prev_sample
+        x_BCHW = scheduler.step(output, t, x_BCHW, **drawn).prev_sample
     return x_BCHW

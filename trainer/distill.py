@@ -215,7 +215,7 @@ class Distillation:
 
     def _draw(self, step: Step) -> None:
         assert step.teacher is not None
-        self.draw(step, self.pool(step.teacher).client())
+        self.draw(step, self.pool(step.teacher).client().whole())
 
     def draw(self, step: Step, client: TeacherClient) -> None:
         """What the teacher is asked for, into the store: samples, or the images of those that the step reads."""
@@ -260,7 +260,7 @@ class Distillation:
     def _encode(self, step: Step, images: ImagesSection) -> None:
         """A stage's real images, by the pool; one that no step asks makes room for the workers at once."""
         assert step.teacher is not None
-        client, told = self.pool(step.teacher).client(), lambda done: self.watch("images", done, done, {})
+        client, told = self.pool(step.teacher).client().whole(), lambda done: self.watch("images", done, done, {})
         encode_images(images, self.recipe.teacher, client, self.settings, told)
         if not self._asks_pool(step):
             self._close(step.teacher)

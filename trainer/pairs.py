@@ -7,8 +7,6 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from sdxs.noise import latent_noise
 from trainer.artifacts import Artifacts
 from trainer.data.order import Order
 from trainer.data.source import Captions
+from trainer.joined import Joined
 from trainer.sections import PairsSection
 from trainer.teacher import Pending, Sample, TeacherClient
 
@@ -30,9 +29,10 @@ BATCH, IN_FLIGHT, SHARD = 32, 6, 4096
 
 @dataclass(frozen=True)
 class Pairs:
-    """latent_NCHW = psi(x_phi(eps)) in float16; the noise of row i is latent_noise(seed_N[i])."""
+    """latent_NCHW = psi(x_phi(eps)) in float16; the noise of row i is latent_noise(seed_N[i]). Latents that were loaded are mapped into
+    memory: the workers of a machine share them."""
 
-    latent_NCHW: Tensor
+    latent_NCHW: Tensor | Joined
     seed_N: Tensor
     captions: Sequence[str]
 
@@ -52,19 +52,20 @@ class Pairs:
 
     def save(self, path: Path) -> None:
         metadata = {"captions": json.dumps(list(self.captions))}
-        save_file({"latent": self.latent_NCHW.contiguous(), "seed": self.seed_N}, path, metadata)
+        save_file({"latent": self.latent_NCHW[:].contiguous(), "seed": self.seed_N}, path, metadata)
 
     def __add__(self, other: Pairs) -> Pairs:
-        return Pairs(
-            torch.cat([self.latent_NCHW, other.latent_NCHW]),
-            torch.cat([self.seed_N, other.seed_N]),
-            [*self.captions, *other.captions],
-        )
+        return self._joined([self, other])
 
     @classmethod
     def load(cls, folder: Path) -> Pairs:
         """All shards of a folder, in their order."""
-        return reduce(add, (cls._shard(path) for path in sorted(folder.glob("*.safetensors"))))
+        return cls._joined([cls._shard(path) for path in sorted(folder.glob("*.safetensors"))])
+
+    @classmethod
+    def _joined(cls, parts: list[Pairs]) -> Pairs:
+        latents, seeds = Joined.of(*(part.latent_NCHW for part in parts)), torch.cat([part.seed_N for part in parts])
+        return cls(latents, seeds, [caption for part in parts for caption in part.captions])
 
     @classmethod
     def _shard(cls, path: Path) -> Pairs:
@@ -133,6 +134,11 @@ class PairsOrder:
         return Sample(noise, self.captions[rows], section.steps, section.guidance, section.solver)
 
 
+def in_flight(teacher: TeacherClient) -> int:
+    """Requests under way that keep all busy who answer: of each member of a pool, one is computed while the next is on its way."""
+    return max(IN_FLIGHT, 2 * len(getattr(teacher, "members", ())))
+
+
 def draw_pairs(teacher: TeacherClient, order: PairsOrder, progress: Callable[[int], None]) -> Pairs:
     """Sample all rows of an order, with several requests under way.
 
@@ -141,6 +147,7 @@ def draw_pairs(teacher: TeacherClient, order: PairsOrder, progress: Callable[[in
     """
     waiting: deque[Pending] = deque()
     latents: list[Tensor] = []
+    most = in_flight(teacher)
 
     def collect() -> None:
         latents.append(torch.from_numpy(waiting.popleft().result()[0].copy()))
@@ -148,7 +155,7 @@ def draw_pairs(teacher: TeacherClient, order: PairsOrder, progress: Callable[[in
 
     for start in range(0, len(order.captions), BATCH):
         waiting.append(teacher.submit(order.request(start)))
-        if len(waiting) >= IN_FLIGHT:
+        if len(waiting) >= most:
             collect()
     while waiting:
         collect()

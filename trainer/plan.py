@@ -61,19 +61,24 @@ def _teacher(recipe: RunRecipe) -> TeacherSpec:
     return TeacherSpec(recipe.teacher, recipe.compute.teacher_precision, embeddings=recipe.compute.embeddings)
 
 
+def _drawing(recipe: RunRecipe, section: PairsSection) -> TeacherSpec:
+    """Who draws samples: the teacher, or what their section names instead."""
+    return replace(_teacher(recipe), source=section.teacher or recipe.teacher)
+
+
 def _distill_steps(recipe: DistillRecipe) -> list[Step]:
     teacher = _teacher(recipe)
     found: list[Step] = []
     straightened: tuple[str, ...] = ()
     if recipe.straighten is not None:
         found = [
-            Step("samples", recipe.straighten.samples, (), teacher),
+            Step("samples", recipe.straighten.samples, (), _drawing(recipe, recipe.straighten.samples)),
             Step("straighten", recipe.straighten, ("samples",), teacher),
         ]
         straightened = ("straighten",)
     drawn = {"pairs": recipe.pairs} | ({"compositions": recipe.compositions} if recipe.compositions else {})
     for name, section in drawn.items():
-        found.append(Step(name, section, straightened, replace(teacher, source=section.teacher or recipe.teacher)))
+        found.append(Step(name, section, straightened, _drawing(recipe, section)))
     samples, chain = tuple(drawn), "unet"
     found += [Step("decoder", recipe.decoder, samples, teacher), Step("unet", recipe.unet, samples, teacher)]
     for name in ("warmup", "diff_instruct", "finish"):
@@ -87,8 +92,7 @@ def _distill_steps(recipe: DistillRecipe) -> list[Step]:
 
 
 def _style_steps(recipe: StyleRecipe) -> list[Step]:
-    teacher = _teacher(recipe)
-    drawn = [Step("pairs", recipe.pairs, (), teacher)] if recipe.pairs else []
+    drawn = [Step("pairs", recipe.pairs, (), _drawing(recipe, recipe.pairs))] if recipe.pairs else []
     return [*drawn, Step("style", recipe.lora, tuple(step.name for step in drawn), offline_spec(recipe))]
 
 
@@ -96,9 +100,7 @@ def _control_steps(recipe: ControlRecipe) -> list[Step]:
     teacher = _teacher(recipe)
     drawn = {"pairs": recipe.pairs} | ({"compositions": recipe.compositions} if recipe.compositions else {})
     samples = tuple(drawn)
-    found = [
-        Step(name, section, (), replace(teacher, source=section.teacher or recipe.teacher)) for name, section in drawn.items()
-    ]
+    found = [Step(name, section, (), _drawing(recipe, section)) for name, section in drawn.items()]
     found += [Step("images", recipe.images, samples, teacher), Step("unet", recipe.unet, samples, teacher)]
     found.append(Step("control_shrink", recipe.shrink, (*samples, "images", "unet"), offline_spec(recipe)))
     chain = "control_shrink"

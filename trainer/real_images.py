@@ -9,7 +9,8 @@ from sdxs.errors import Unavailable
 from sdxs.settings import Settings
 from trainer.data.files import find
 from trainer.data.images import FIELD, Pixels
-from trainer.data.latent_cache import EncodedImages, Progress, cached_latents
+from trainer.data.latent_cache import EncodedImages, Encoder, Progress, Rows, cached_latents
+from trainer.pairs import BATCH, in_flight
 from trainer.plan import source_digest
 from trainer.recipe import digest
 from trainer.sections import ImagesSection
@@ -24,10 +25,12 @@ def listing_digest(section: ImagesSection, settings: Settings) -> str:
 def encode_images(section: ImagesSection, teacher: str, client: TeacherClient, settings: Settings, progress: Progress) -> int:
     """Have the pool encode what is not kept yet; returns how many images there are."""
 
-    def encode(image_BHWC: Pixels) -> Tensor:
-        return torch.from_numpy(client.submit(Encode(image_BHWC)).result()[0].copy())
+    def ask(image_BHWC: Pixels) -> Rows:
+        pending = client.submit(Encode(image_BHWC))
+        return lambda: torch.from_numpy(pending.result()[0].copy())
 
-    return len(cached_latents(section, encode, source_digest(teacher), settings, progress=progress))
+    encoder = Encoder(ask, in_flight(client))
+    return len(cached_latents(section, encoder, source_digest(teacher), settings, BATCH, progress))
 
 
 def encoded_images(section: ImagesSection, teacher: str, settings: Settings) -> EncodedImages:

@@ -92,6 +92,14 @@ class DistillRecipe(Section):
             raise ValueError("world or data: the prompts come from one of the two")
         return self
 
+    @model_validator(mode="after")
+    def _one_drawer(self) -> Self:
+        for name in ("pairs", "compositions"):
+            section = getattr(self, name)
+            if self.straighten is not None and section is not None and section.teacher is not None:
+                raise ValueError(f"{name}.teacher: with [straighten] the straightened teacher draws; remove one of the two")
+        return self
+
 
 class StyleRecipe(Section):
     """Teaches a finished one-step bundle (`base`) the style of a LoRA made for its teacher; the result is a LoRA for the bundle's U-Net."""

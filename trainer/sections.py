@@ -124,13 +124,20 @@ class StudentSection(Section):
 
 
 class PairsSection(Section):
-    """Teacher samples: count, solver steps and guidance of psi(x_phi(eps)). `teacher`: a few-step model, if another draws them."""
+    """Teacher samples: count, solver steps and guidance of psi(x_phi(eps)). `teacher`: a few-step model, if another draws them; SD-Turbo
+    and its kind want `euler` with guidance 1, an LCM `lcm`."""
 
     count: int = Field(gt=0)
     steps: int = Field(default=25, gt=0)
     guidance: float = Field(default=3.0, ge=1)
-    solver: Literal["ddim", "dpm", "euler"] = "ddim"
+    solver: Literal["ddim", "dpm", "euler", "lcm"] = "ddim"
     teacher: str | None = None
+
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if self.solver == "lcm" and self.steps > 50:
+            raise ValueError(f"steps {self.steps}: an LCM knows 50 timesteps, and is made for 1 to 8")
+        return self
 
 
 class DecoderSection(Optimisation):

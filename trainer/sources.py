@@ -19,6 +19,7 @@ from trainer.recipe import digest
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNWANTED = ["*.bin", "*.ckpt", "*.msgpack"]  # weights that exist as safetensors too, or run code when loaded
+DUPLICATES = ["*.fp16*", "*non_ema*"]  # of the plain weights, where these are there
 WANTED = [f"{part}*/*" for part in PARTS] + ["model_index.json"]
 
 
@@ -85,16 +86,29 @@ def _elsewhere(what: str, source: str, wanted: list[str]) -> Path:
 
 
 def _from_hub(what: str, source: str, wanted: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=UNWANTED))
+        return _download(name, revision or None, wanted)
     except LocalEntryNotFoundError as error:
         raise NotFound(f"{what} {source!r}: no such folder, not downloaded yet, and the hub cannot be reached") from error
     except HfHubHTTPError as error:
         raise Unavailable(f"{what} {source!r}: the hub said {error}") from error
+
+
+def _download(name: str, revision: str | None, wanted: list[str]) -> Path:
+    """A snapshot with one form of each network's weights: the plain one, or what there is where that is missing."""
+    from huggingface_hub import snapshot_download
+
+    ignored = [*UNWANTED, *DUPLICATES]
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+    networks = [path.parent for path in folder.glob("**/config.json")]
+    bare = [network for network in networks if not any(network.glob("*.safetensors"))]
+    if bare:
+        more = [(network / "*.safetensors*").relative_to(folder).as_posix() for network in bare]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=more, ignore_patterns=UNWANTED))
+    return folder
 
 
 def _from_s3(what: str, source: str) -> Path:

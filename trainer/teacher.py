@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.artifacts import stage_folder
 from trainer.diffusion import Diffusion, sample
-from trainer.models.conditioning import Conditioning, concatenate
+from trainer.models.conditioning import Conditioning, concatenate, guidance_embedding
 from trainer.models.controlnets import as_condition, load_controlnet, residuals
 from trainer.models.lora import merge_lora
 from trainer.models.students import FeatureTap
@@ -151,8 +151,17 @@ class Teacher:
         """Take a ControlNet from its folder, for requests with a control image."""
         self.controlnet = load_controlnet(controlnet, self.dtype).to(self.device, memory_format=torch.channels_last)
 
-    def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning, control: Control | None = None) -> Tensor:
-        """The network's output, in float32.
+    @property
+    def guidance_width(self) -> int | None:
+        """Of the embedding by which the U-Net is told of the guidance, as an LCM's is; None where two outputs make a guided one."""
+        width: int | None = self.unet.config.get("time_cond_proj_dim")
+        return width
+
+    def predict(
+        self, x_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning, control: Control | None = None, guidance: float = 1.0
+    ) -> Tensor:
+        """The network's output, in float32. Only a U-Net with a `guidance_width` is told of the guidance: of w = guidance - 1, as in
+        diffusers, since 1 means none here.
 
         Raises:
             ValueError: a control without a ControlNet.
@@ -163,6 +172,9 @@ class Teacher:
             if self.controlnet is None:
                 raise ValueError("a control image, and this teacher has no ControlNet")
             added = residuals(self.controlnet, x_BCHW, t_B, arguments, control.map_BCHW.to(self.dtype), control.scale)
+        if self.guidance_width is not None:
+            told = guidance_embedding(guidance - 1, self.guidance_width, self.device)
+            added["timestep_cond"] = told.to(self.dtype).expand(len(x_BCHW), -1)
         output: Tensor = self.unet(x_BCHW, t_B, **arguments, **added).sample
         return output.float()
 
@@ -170,10 +182,10 @@ class Teacher:
         self, captions: list[str], guidance: float, control: Control | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Network output with classifier-free guidance: out = uncond + guidance (cond - uncond); conditional only when it is 1. Both are
-        controlled, as in diffusers."""
+        controlled, as in diffusers. A U-Net that is told of the guidance gives the guided output itself."""
         text = self.text.encode(captions)
-        if guidance == 1.0:
-            return lambda x, t: self.predict(x, t, text, control)
+        if guidance == 1.0 or self.guidance_width is not None:
+            return lambda x, t: self.predict(x, t, text, control, guidance)
         both = concatenate([self.text.encode([""] * len(captions)), text])
         twice = control and Control(torch.cat([control.map_BCHW] * 2), control.scale)
 

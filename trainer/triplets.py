@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -15,36 +15,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.artifacts import Artifacts
-from trainer.pairs import BATCH, IN_FLIGHT, SHARD, Pairs
+from trainer.pairs import BATCH, SHARD, Pairs, in_flight
 from trainer.teacher import Decode, Pending, TeacherClient, compact
 
 QUALITY = {"png": [cv2.IMWRITE_PNG_COMPRESSION, 3], "jpeg": [cv2.IMWRITE_JPEG_QUALITY, 95]}
 
 
 class SampleImages:
-    """The images of pairs, in their order: files one after the other, and where each ends."""
+    """The images of pairs, in their order.
 
-    def __init__(self, data: Tensor, end_N: Tensor) -> None:
-        self.data, self.end_N = data, end_N
+    Args:
+        parts: of each shard its files one after the other, as uint8, and where each ends. They are mapped into memory, not read.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.parts = parts
+        self._starts = np.cumsum([0, *(len(end_N) for _, end_N in parts)])
 
     def __len__(self) -> int:
-        return len(self.end_N)
+        return int(self._starts[-1])
 
     @classmethod
     def load(cls, folder: Path) -> SampleImages:
         """All shards of a folder."""
-        parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-        starts = np.cumsum([0, *(len(part["data"]) for part in parts)])
-        ends = [part["end"] + int(start) for part, start in zip(parts, starts, strict=False)]
-        return cls(torch.cat([part["data"] for part in parts]), torch.cat(ends))
+        shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+        return cls([(shard["data"], shard["end"]) for shard in shards])
 
     def take(self, rows: Tensor) -> np.ndarray:
         """Images of these rows, uint8 (B, H, W, 3)."""
         return np.stack([self._image(row) for row in rows.tolist()])
 
     def _image(self, row: int) -> np.ndarray:
-        start, end = int(self.end_N[row - 1]) if row else 0, int(self.end_N[row])
-        found = cv2.imdecode(self.data[start:end].numpy(), cv2.IMREAD_COLOR_RGB)
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        data, end_N = self.parts[part]
+        inside = row - int(self._starts[part])
+        start, end = int(end_N[inside - 1]) if inside else 0, int(end_N[inside])
+        found = cv2.imdecode(data[start:end].numpy(), cv2.IMREAD_COLOR_RGB)
         assert found is not None
         return found
 
@@ -62,10 +68,13 @@ def file_of(image_HWC: np.ndarray, kind: str) -> np.ndarray:
     return data
 
 
-def _decoded(teacher: TeacherClient, pairs: Pairs, rows: slice, kind: str, progress: Callable[[int], None]) -> SampleImages:
-    """The images of some pairs, with several requests under way."""
+def _decoded(
+    teacher: TeacherClient, pairs: Pairs, rows: slice, kind: str, progress: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """A shard: the images of some pairs, with several requests under way."""
     waiting: deque[Pending] = deque()
     files: list[np.ndarray] = []
+    most = in_flight(teacher)
 
     def collect() -> None:
         files.extend(file_of(image, kind) for image in pixels(waiting.popleft().result()[0]))
@@ -74,11 +83,11 @@ def _decoded(teacher: TeacherClient, pairs: Pairs, rows: slice, kind: str, progr
     latent_NCHW = pairs.latent_NCHW[rows]
     for start in range(0, len(latent_NCHW), BATCH):
         waiting.append(teacher.submit(Decode(compact(latent_NCHW[start : start + BATCH]))))
-        if len(waiting) >= IN_FLIGHT:
+        if len(waiting) >= most:
             collect()
     while waiting:
         collect()
-    return SampleImages(torch.from_numpy(np.concatenate(files)), torch.tensor(np.cumsum([len(file) for file in files])))
+    return {"data": torch.from_numpy(np.concatenate(files)), "end": torch.tensor(np.cumsum([len(file) for file in files]))}
 
 
 def draw_images(
@@ -98,9 +107,9 @@ def draw_images(
             def told(done: int, before: int = start) -> None:
                 progress(before + done)
 
-            images = _decoded(teacher, pairs, slice(start, start + SHARD), kind, told)
+            shard = _decoded(teacher, pairs, slice(start, start + SHARD), kind, told)
             with tempfile.TemporaryDirectory() as scratch:
-                save_file({"data": images.data, "end": images.end_N}, Path(scratch) / name)
+                save_file(shard, Path(scratch) / name)
                 artifacts.put_part(*result, name, Path(scratch) / name)
         names.append(name)
     artifacts.finish(*result, names, {"count": len(pairs.captions)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from trainer.models.students import student_config
 from trainer.models.text import TextEncoder
 from trainer.pairs import Pairs, PairsOrder, draw_pairs
 from trainer.placement import Placement
-from trainer.preflight.cost import StageCost, costs
+from trainer.plan import steps
+from trainer.preflight.cost import StageCost, StageCosts, costs
 from trainer.preflight.cost_table import PEAK, UTILISATION, count, device_hours, pool_rate, size
 from trainer.preflight.networks import Networks, unet_call
 from trainer.preflight.shapes import TeacherShapes, read_shapes, teacher_shapes, weightless
@@ -179,6 +180,18 @@ def test_flops_and_bytes_are_those_of_the_stage_itself(
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=tolerance)
     sent, received = (sum(sizes) for sizes in zip(*client.sizes, strict=True)) if client.sizes else (0, 0)
     assert (STEPS * BATCH * cost.sent, STEPS * BATCH * cost.received) == (sent, received)
+
+
+def test_drawing_with_a_teacher_that_is_told_of_the_guidance_costs_one_forward_a_step(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(world.folder, pairs={"steps": 4, "guidance": 8.0, "solver": "lcm"})
+    assert steps(made)[0].name == "pairs"
+    drawn = StageCosts(made, Cluster(), world.networks)
+    assert drawn.of(steps(made)[0]).teacher_forwards == 8
+    lcm = {**world.shapes.unet, "time_cond_proj_dim": 256}
+    monkeypatch.setattr(world.networks, "shapes", replace(world.shapes, unet=lcm))
+    assert drawn.of(steps(made)[0]).teacher_forwards == 4
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

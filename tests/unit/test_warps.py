@@ -19,7 +19,9 @@ def picture(size: int = 48) -> np.ndarray:
 def test_without_strength_an_image_is_itself_or_its_mirror() -> None:
     image = picture()
     found = [warped(image, np.random.default_rng(seed), 0.0) for seed in range(12)]
-    kinds = [next(name for name, other in (("same", image), ("mirror", image[:, ::-1])) if (one == other).all()) for one in found]
+    kinds = [
+        next(name for name, other in (("same", image), ("mirror", image[:, ::-1])) if (one == other).all()) for one in found
+    ]
     assert set(kinds) == {"same", "mirror"}
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +34,34 @@ SHARD_ROWS = 1024
 KEY_BYTES = 32
 LAYOUT = 1  # raised when images are cut or latents are kept in another way
 Encode = Callable[[Pixels], Tensor]
+Rows = Callable[[], Tensor]
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes elsewhere: `ask` sends image_BHWC and returns at once with what waits for their rows, at most `in_flight` of them."""
+
+    ask: Callable[[Pixels], Rows]
+    in_flight: int = 1
+
+    @classmethod
+    def here(cls, encode: Encode) -> Encoder:
+        """In this process, one batch after the other."""
+        return cls(lambda image_BHWC: partial(encode, image_BHWC))
 
 
 class _Place(NamedTuple):
     shard: str
     row: int
+
+
+class _Batch(NamedTuple):
+    """(sha256, caption) of each image, the keys of those that are new, and what waits for their rows."""
+
+    pairs: list[tuple[bytes, str]]
+    new: list[bytes]
+    rows: Rows | None
 
 
 class EncodedImages:
@@ -66,12 +91,17 @@ class EncodedImages:
 
 
 def cached_latents(
-    section: ImagesSection, encode: Encode, key: str, settings: Settings, batch: int = 32, progress: Progress | None = None
+    section: ImagesSection,
+    encode: Encode | Encoder,
+    key: str,
+    settings: Settings,
+    batch: int = 32,
+    progress: Progress | None = None,
 ) -> EncodedImages:
     """The latents of a data set's images: those already kept are fetched, the others are encoded and kept.
 
     Args:
-        encode: image_BHWC in uint8 to rows of any shape; floats are kept in float16, uint8 as it is.
+        encode: image_BHWC in uint8 to rows of any shape, here or elsewhere; floats are kept in float16, uint8 as it is.
         key: of what encodes, such as the autoencoder's digest.
         batch: images an `encode` call takes.
         progress: told how many images have been encoded.
@@ -84,7 +114,8 @@ def cached_latents(
         listing = digest([files.listing(), section.format, section.column])
         rows = cache.read_set(listing)
         if rows is None:
-            rows = list(_encode_new(cache, files, section, encode, batch, progress))
+            encoder = encode if isinstance(encode, Encoder) else Encoder.here(encode)
+            rows = list(_encode_new(cache, files, section, encoder, batch, progress))
             cache.write_set(listing, rows)
         if not rows:
             raise InvalidRequest(FIELD, section.images, "at least one captioned image")
@@ -98,28 +129,43 @@ def cached_pixels(section: ImagesSection, settings: Settings) -> EncodedImages:
 
 
 def _encode_new(
-    cache: _Cache, files: Files, section: ImagesSection, encode: Encode, batch: int, progress: Progress | None
+    cache: _Cache, files: Files, section: ImagesSection, encoder: Encoder, batch: int, progress: Progress | None
 ) -> Iterator[tuple[bytes, str]]:
     """Yields (sha256, caption) of every distinct pair, and sees to it that each image is in the cache."""
     seen: set[tuple[bytes, str]] = set()
     found = decoded_images(files, section.format, section.column, section.size, frozenset(cache.known))
     done = 0
-    while some := list(islice(found, batch)):
-        new = {image.sha256: image for image in some if image.sha256 not in cache.known}
-        if new:
-            cache.add(list(new), _encoded(encode, list(new.values())))
-            done += len(new)
+    for pairs, keys, rows in _asked(cache, found, encoder, batch):
+        if rows is not None:
+            cache.add(keys, _kept(rows))
+            done += len(keys)
             if progress:
                 progress(done)
-        for image in some:
-            if (pair := (image.sha256, image.caption)) not in seen:
+        for pair in pairs:
+            if pair not in seen:
                 seen.add(pair)
                 yield pair
 
 
+def _asked(cache: _Cache, found: Iterator[CaptionedImage], encoder: Encoder, batch: int) -> Iterator[_Batch]:
+    """Batches in their order; the next ones are asked for already."""
+    waiting: deque[_Batch] = deque()
+    under_way: set[bytes] = set()
+    while some := list(islice(found, batch)):
+        new = {image.sha256: image for image in some if image.sha256 not in cache.known and image.sha256 not in under_way}
+        under_way |= set(new)
+        pixels = [image.image_HWC for image in new.values() if image.image_HWC is not None]
+        pairs = [(image.sha256, image.caption) for image in some]
+        waiting.append(_Batch(pairs, list(new), encoder.ask(np.stack(pixels)) if new else None))
+        if len(waiting) >= encoder.in_flight:
+            yield waiting.popleft()
+    yield from waiting
+
+
 @torch.no_grad()
-def _encoded(encode: Encode, images: list[CaptionedImage]) -> Tensor:
-    rows = encode(np.stack([image.image_HWC for image in images if image.image_HWC is not None])).cpu()
+def _kept(wait: Rows) -> Tensor:
+    """Rows as they are kept."""
+    rows = wait().cpu()
     if not rows.is_floating_point():
         return rows
     if not torch.isfinite(half := rows.half()).all():

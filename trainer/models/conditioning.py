@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Conditioning:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         pooled, sizes = (None if part is None else change(part) for part in (self.pooled_BD, self.time_ids_B6))
         return Conditioning(change(self.text_BLD), pooled, sizes)
+
+
+def guidance_embedding(weight: float, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """What an LCM's U-Net is told of the guidance (its `timestep_cond`), shape (1, width): [sin(1000 w f), cos(1000 w f)] with
+    frequencies f from 1 to 1/10000, as of a timestep (arXiv:2310.04378, section 4.3). With w = 0 the output is conditional only."""
+    half = width // 2
+    angle = 1000 * weight * torch.exp(torch.arange(half, device=device) * (-math.log(10000.0) / (half - 1)))
+    return F.pad(torch.cat([angle.sin(), angle.cos()]), (0, width % 2))[None]
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:

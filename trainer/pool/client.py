@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -103,6 +103,11 @@ class PoolClient:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PoolClient, (self.members, self.limits)
+
+    def whole(self) -> PoolClient:
+        """A client of the same members for who asks them alone: two requests of each may be in flight, if that is more."""
+        most = max(self.limits.max_in_flight, 2 * len(self.members))
+        return PoolClient(self.members, replace(self.limits, max_in_flight=most))
 
     @property
     def outstanding(self) -> list[int]:

@@ -114,7 +114,7 @@ class StageCosts:
 
     def _drawn(self, name: str, section: PairsSection) -> StageCost:
         """Teacher samples: `steps` guided forwards each."""
-        forwards = section.steps * rows(section.guidance)
+        forwards = section.steps * (1 if self.networks.told_of_guidance(section) else rows(section.guidance))
         teacher = self.networks.drawing(section)
         return StageCost(
             name, steps=1, batch=section.count, micro=32, memory=Memory(teacher=self._teacher_bytes(teacher)),

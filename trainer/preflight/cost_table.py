@@ -36,7 +36,7 @@ def tables(costs: Sequence[StageCost], compute: ComputeSection, cluster: Cluster
     hours = device_hours(costs, compute)
     stored = sum(cost.stored for cost in costs)
     total = sum(cost.flops for cost in costs)
-    samples = f"samples of {size(stored)}, " if stored else ""
+    samples = f"samples of {size(stored)} on each machine, mapped into memory by its workers together, " if stored else ""
     return Group(
         _work(costs, compute, cluster),
         _memory(costs, compute.activation_checkpointing),

@@ -132,6 +132,11 @@ class Networks:
         """Who draws samples."""
         return self.teacher if section.teacher is None else self._other(section.teacher)
 
+    def told_of_guidance(self, section: PairsSection) -> bool:
+        """Whether who draws takes the guidance as an input, as an LCM does, and so needs one forward for it."""
+        shapes = self.shapes if section.teacher is None else teacher_shapes(section.teacher)
+        return shapes.unet.get("time_cond_proj_dim") is not None
+
     def _other(self, source: str) -> Trace:
         """Of another teacher; of one of the same shape the teacher's own."""
         if source not in self._others:
