@@ -1,12 +1,11 @@
 """What can be wrong with a recipe that shows before any worker starts: parts, shapes, files, and what the machines can do.
 
-Every fault is one InvalidRequest that names the field, its value, what is allowed, and the recipe's file. No weights are read but a
-LoRA's names and shapes, and no GPU is asked for.
+Every fault is one error that names the field, its value, what is allowed, and the recipe's file. No weights are read but a LoRA's names
+and shapes, of others only what their files' headers say, and no GPU is asked for.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,24 +15,36 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
-from sdxs import registry
-from sdxs.errors import InvalidRequest, NotFound
+from sdxs import bundle, registry
+from sdxs.errors import InvalidRequest, SdxsError
 from sdxs.settings import Settings
 from trainer.cluster import Cluster
 from trainer.models import lora
 from trainer.models.features import check_encoder
 from trainer.models.students import shrink
 from trainer.plan import offline_spec
-from trainer.preflight.given import Recipe, absent, check_images, check_prompts, images_field, images_of, style_of
+from trainer.preflight.given import (
+    Recipe,
+    absent,
+    check_images,
+    check_prompts,
+    check_weights,
+    images_field,
+    images_of,
+    style_of,
+)
 from trainer.preflight.shapes import TeacherShapes, build, feature_maps, read_shapes, teacher_shapes
 from trainer.recipe import ControlRecipe, DistillRecipe, StyleRecipe
 from trainer.sections import DiffInstructSection, LoraSection, MatchingSection, Optimisation, PairsSection
 from trainer.sources import teacher_folder
+from trainer.worlds.base import get_world
 
 NOISE = {
     "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
 }  # fmt: skip
 """What two models' noise schedules must share, with diffusers' defaults."""
+BLOCKS = ("down_block_types", "up_block_types", "mid_block_type", "layers_per_block", "transformer_layers_per_block")
+"""What a student has less of than its teacher."""
 
 
 def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fetch: bool = True) -> TeacherShapes:
@@ -45,15 +56,16 @@ def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fe
             user's own may be missing (`absent`).
 
     Raises:
-        InvalidRequest, NotFound: the first fault.
+        SdxsError: the first fault; InvalidRequest or NotFound but for a store or a hub that does not answer or refuses.
     """
     with in_file(file):
+        check_world(recipe.world)
         _machines(recipe, cluster)
         _packages(recipe)
         teacher = _teacher("teacher", recipe.teacher, fetch)
         missing = [] if fetch else [field for field, _ in absent(recipe)]
         if recipe.data is not None and "data.prompts" not in missing:
-            check_prompts(recipe.data)
+            check_prompts(recipe.data, settings, fetch)
         images = images_of(recipe)
         if images is not None and images_field(recipe) not in missing:
             check_images(images, images_field(recipe))
@@ -77,8 +89,32 @@ def in_file(file: str) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         raise InvalidRequest(error.field, error.value, f"{error.allowed} (recipe {file})") from error
-    except NotFound as error:
-        raise NotFound(f"{error} (recipe {file})") from error
+    except SdxsError as error:
+        raise _reworded(error, f"{error} (recipe {file})", error.field) from error
+
+
+@contextmanager
+def _of(field: str, source: str) -> Iterator[None]:
+    """Says of every fault found inside which field is at fault."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(field, source, error.allowed) from error
+    except SdxsError as error:
+        raise _reworded(error, f"{field}: {error}", field) from error
+
+
+def _reworded(error: SdxsError, text: str, field: str) -> SdxsError:
+    """An error of the same kind. InvalidRequest, which takes more than a text, is not meant."""
+    found = type(error)(text)
+    found.field = field
+    return found
+
+
+def check_world(name: str | None) -> None:
+    """A world that a recipe names is one. Raises InvalidRequest."""
+    if name is not None:
+        get_world(name)
 
 
 def trained_sections(recipe: Recipe) -> list[tuple[str, Optimisation]]:
@@ -122,12 +158,8 @@ def _packages(recipe: Recipe) -> None:
 
 def _teacher(field: str, source: str, fetch: bool) -> TeacherShapes:
     """A teacher with all its parts; where it is to be fetched only later, its shapes."""
-    try:
+    with _of(field, source):
         shapes = read_shapes(source, teacher_folder(source)) if fetch else teacher_shapes(source)
-    except InvalidRequest as error:
-        raise InvalidRequest(field, source, error.allowed) from error
-    except NotFound as error:
-        raise NotFound(f"{field}: {error}") from error
     if shapes.folder is not None:
         _whole(field, shapes, shapes.folder)
     return shapes
@@ -142,6 +174,7 @@ def _whole(field: str, shapes: TeacherShapes, folder: Path) -> None:
     for part in ("unet", "vae", "text_encoder", *second[:1]):
         if not any((folder / part).glob("*.safetensors")) and not any((folder / part).glob("*.bin")):
             raise InvalidRequest(field, shapes.source, f"a folder with weights; {folder / part} has no .safetensors")
+        check_weights(field, shapes.source, folder / part)
     kind = shapes.scheduler.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise InvalidRequest(f"{field}.scheduler.prediction_type", kind, "epsilon or v_prediction")
@@ -270,12 +303,17 @@ def _base(recipe: StyleRecipe | ControlRecipe, teacher: TeacherShapes, settings:
     """The bundle that learns a style or a condition is a student of this teacher's kind."""
     if not fetch and not Path(recipe.base).is_dir():
         return
-    folder, _ = registry.open_model(recipe.base, settings)
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf8"))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf8"))
+    with _of("base", recipe.base):
+        folder, _ = registry.open_model(recipe.base, settings)
+        unet = bundle.read_config(folder, "unet/config.json")
+        scheduler = bundle.read_config(folder, "scheduler/scheduler_config.json")
+    for part in ("unet", "vae", "text_encoder"):
+        check_weights("base", recipe.base, folder / part)
+    if all(unet.get(name) == teacher.unet.get(name) for name in BLOCKS):
+        raise InvalidRequest("base", recipe.base, "a one-step bundle: a student, which has fewer blocks than its teacher")
     for name in ("in_channels", "sample_size", "cross_attention_dim"):
-        if unet[name] != teacher.unet[name]:
+        if unet.get(name) != teacher.unet[name]:
             raise InvalidRequest(
-                "base", recipe.base, f"a bundle with the teacher's {name}, {teacher.unet[name]}; it has {unet[name]}"
+                "base", recipe.base, f"a bundle with the teacher's {name}, {teacher.unet[name]}; it has {unet.get(name)}"
             )
     _share_noise("base", recipe.base, scheduler, teacher)

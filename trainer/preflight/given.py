@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sdxs.errors import InvalidRequest
+from sdxs.settings import Settings
+from trainer.data.prompts import look
 from trainer.recipe import ControlNetRecipe, DistillRecipe, RunRecipe, StyleRecipe
 from trainer.sections import DataSection, LoraSection
 
@@ -49,15 +52,47 @@ def check_images(images: str, field: str) -> None:
         raise InvalidRequest(field, images, "a folder, file or glob that is there and not empty")
 
 
-def check_prompts(data: DataSection) -> None:
-    """Local files of prompts exist and are not empty. What is in each row is checked when they are read."""
+def check_prompts(data: DataSection, settings: Settings, fetch: bool) -> None:
+    """There are prompts, and nothing is wrong with the first ones (`look`); S3 is asked only where things may be fetched."""
     if data.prompts.startswith("s3://"):
+        if fetch:
+            look(data, settings)
         return
     files = _files(data.prompts)
     if not files:
         raise InvalidRequest("data.prompts", data.prompts, "a file, folder or glob that is there")
     if not any(_says_something(path) for path in files):
         raise InvalidRequest("data.prompts", data.prompts, "prompts; what is there is empty")
+    look(data, settings)
+
+
+def check_weights(field: str, source: str, folder: Path) -> None:
+    """The .safetensors files of a network are whole, by their headers; of a sharded one all are there."""
+    names = {path.name for path in folder.glob("*.safetensors")}
+    for name in sorted(names):
+        size, expected = (folder / name).stat().st_size, safetensors_size(folder / name)
+        if size != expected:
+            said = "no header that can be read" if expected is None else f"its header says {expected}"
+            raise InvalidRequest(field, source, f"whole weights; {folder / name} has {size} bytes, {said}")
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())
+        if names & shards and shards - names:  # none at all: the index of a variant that is not used
+            raise InvalidRequest(field, source, f"whole weights; {folder} has no {min(shards - names)}")
+
+
+def safetensors_size(path: Path) -> int | None:
+    """Bytes that a .safetensors file has by its header: its length, itself, and the tensors. None: it has no such header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            return None
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            return None
+    return 8 + length + max(ends, default=0)
 
 
 def _files(prompts: str) -> list[Path]:

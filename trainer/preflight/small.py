@@ -44,7 +44,7 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
         holder = data[path[0]] if path else data
         holder[last] |= {"count": COUNT, "steps": STEPS, "teacher": _small_other(holder[last]["teacher"], folder)}
     if isinstance(recipe, StyleRecipe):
-        data["base"] = str(_small_bundle(teacher, folder / "base"))
+        data["base"] = str(small_bundle(teacher, folder / "base"))
         data["style"]["path"] = str(_small_lora(teacher, folder / "style"))
     if isinstance(recipe, DistillRecipe):
         data["decoder"]["config"] = _small_decoder(recipe.decoder.config, shapes)
@@ -131,7 +131,7 @@ def _small_lora(teacher: Path, folder: Path) -> Path:
     return folder
 
 
-def _small_bundle(teacher: Path, folder: Path) -> Path:
+def small_bundle(teacher: Path, folder: Path) -> Path:
     """A one-step bundle of the teacher's own shrunk U-Net, as a distillation would leave it."""
     shapes = read_shapes(str(teacher), teacher)
     shrink(load_frozen(UNet2DConditionModel, teacher / "unet")).save_pretrained(folder / "unet")
