@@ -1,6 +1,8 @@
 """The paper's ablation, time-matched: what each part of one-step training is worth, over seeds, on the two embedded worlds.
 
-    python -m benchmarks.ablation scenes          trains what is missing; hours
+    python -m benchmarks.ablation                 trains what is missing of both worlds, hours, and writes docs/ablation.md
+
+    python -m benchmarks.ablation scenes          parts of it
     python -m benchmarks.ablation emoji
     python -m benchmarks.ablation emoji --trained     from the recipe's own warm-up, which is trained first where it is not there
     python -m benchmarks.ablation --table         writes docs/ablation.md from the results
@@ -20,9 +22,9 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from itertools import product
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SiD": {"sid": {}},
 }
 TRAINED_ROWS = ["warm-up", "longer warm-up", "SDI", "SDI + finish"]
+SECTIONS = [("scenes", False), ("emoji", False), ("emoji", True)]
+"""Of the table: a world, and whether it begins with the recipe's own warm-up."""
 ROWS = ["naive", "warm-up", "longer warm-up", "DI only", "SDI", "SDI + finish", *(f"SDI, {name}" for name in OPTIONS)]
 
 
@@ -228,16 +232,18 @@ def section(world: str, trained: bool) -> str:
 
 def run(ablation: Ablation, seeds: int, rows: list[str]) -> None:
     """All rows of all seeds that are not there yet."""
-    lines, world = read(), section(ablation.world, ablation.trained)
-    done = {(line["world"], line["row"], line["seed"]) for line in lines}
-    for seed in range(1, seeds + 1):
-        for name in rows:
-            if (world, name, seed) in done:
-                continue
-            line = {"world": world, "row": name, "seed": seed, **ablation.row(name, seed), "machine": machine()}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
+    world = section(ablation.world, ablation.trained)
+    for name, seed in missing(read(), world, seeds, rows):
+        line = {"world": world, "row": name, "seed": seed, **ablation.row(name, seed), "machine": machine()}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+def missing(lines: list[dict[str, Any]], world: str, seeds: int, rows: list[str]) -> list[tuple[str, int]]:
+    """Rows and seeds of a section that have no result."""
+    done = {(line["row"], line["seed"]) for line in lines if line["world"] == world}
+    return [(name, seed) for seed in range(1, seeds + 1) for name in rows if (name, seed) not in done]
 
 
 def read() -> list[dict[str, Any]]:
@@ -251,7 +257,7 @@ MEASURES = ("train_top1", "train_frechet", "heldout_top1", "heldout_frechet")
 def table(lines: list[dict[str, Any]]) -> str:
     """Mean and spread (largest less smallest, halved) over seeds, a section for each world."""
     parts = []
-    for world, trained in product(BUDGET, (False, True)):
+    for world, trained in SECTIONS:
         (first, second), name = BUDGET[world], section(world, trained)
         groups = defaultdict(list)
         for line in lines:
@@ -276,18 +282,35 @@ def _table_row(name: str, group: list[dict[str, Any]]) -> str:
     return f"| {name} | {len(group)} | {group[0].get('steps', '')} | " + " | ".join(cells) + " |"
 
 
-def main() -> None:
+def everything(seeds: int, folder: Path) -> None:
+    """All sections' missing rows, then the table. Nothing of a section that is whole is loaded or trained."""
+    for world, trained in SECTIONS:
+        rows = TRAINED_ROWS if trained else ROWS
+        if missing(read(), section(world, trained), seeds, rows):
+            run(Ablation(world, folder, trained), seeds, rows)
+        write_table()
+
+
+def write_table() -> None:
+    text = TABLE.read_text() if TABLE.exists() else "# Ablation\n\n<!-- table -->\n"
+    TABLE.write_text(text.partition("<!-- table -->")[0] + "<!-- table -->\n\n" + table(read()) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", nargs="?", choices=list(BUDGET))
+    parser.add_argument("world", nargs="?", choices=list(BUDGET), help="of this one only, and no table")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", nargs="*", choices=ROWS)
     parser.add_argument("--folder", type=Path, default=Path("out/ablation"), help="keeps each seed's warm-up")
     parser.add_argument("--trained", action="store_true", help="start all seeds from the recipe's own warm-up")
     parser.add_argument("--table", action="store_true", help="write docs/ablation.md and end")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
+    if chosen.world is None and (chosen.rows or chosen.trained):
+        parser.error("--rows and --trained are of a world: name it")
     if chosen.table:
-        text = TABLE.read_text() if TABLE.exists() else "# Ablation\n\n<!-- table -->\n"
-        TABLE.write_text(text.partition("<!-- table -->")[0] + "<!-- table -->\n\n" + table(read()) + "\n")
+        write_table()
+    elif chosen.world is None:
+        everything(chosen.seeds, chosen.folder)
     else:
         rows = chosen.rows or (TRAINED_ROWS if chosen.trained else ROWS)
         run(Ablation(chosen.world, chosen.folder, chosen.trained), chosen.seeds, rows)

@@ -1,7 +1,10 @@
 """The cluster model at the sizes of SD 2.1 and SDXL, as a table and a plot in docs/teacher_pool.md.
 
     python -m benchmarks.cluster_model
+    python -m benchmarks.cluster_model --measured benchmarks/results/pool_sd21_cuda.jsonl
 
+The second adds cases with the times that benchmarks.pool measured in place of FLOPs and speeds; memory and the network between machines
+stay assumptions.
 FLOPs and activations were counted with torch's FlopCounterMode and saved-tensor hooks on the meta device, bf16, attention without its
 matrix; device and network speeds are assumptions, named in the table's text.
 """
@@ -9,8 +12,14 @@ matrix; device and network speeds are assumptions, named in the table's text.
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from trainer.pool.cluster_model import Cluster, Device, Load, Network, best, predict
 
@@ -41,7 +50,8 @@ SDXL_SDI = Load(
     teacher_bytes=5.1 * GB, teacher_activation_bytes=0.8 * GB, gradient_bytes=13.2 * GB,
 )  # fmt: skip
 
-CASES = [
+Case = tuple[str, Device, Load, Network]
+CASES: list[Case] = [
     ("KD, SD 2.1, H200", H200, SD21_KD, SLOW),
     ("KD, SD 2.1, H200, fast objects", H200, SD21_KD, FAST),
     ("SDI, SD 2.1, H200", H200, SD21_SDI, SLOW),
@@ -55,13 +65,49 @@ CASES = [
 ]
 
 
-def table() -> str:
+COUNTED = {"sd21 kd": SD21_KD, "sd21 sdi": SD21_SDI, "sdxl sdi": SDXL_SDI}
+"""Whose memory and overlap measured cases take over."""
+
+
+def measured(lines: list[dict[str, Any]]) -> list[Case]:
+    """Cases of a file of benchmarks.pool, on a device of one "FLOP" a second, so that costs are seconds.
+
+    A forward of b images takes F (b + half_batch), fitted to the teacher alone: F is the slope, half_batch the intercept over it. A
+    worker's own part is as far from its best speed at its batch as the teacher.
+
+    Raises:
+        ValueError: the teacher's forwards do not take longer with more images: the machine was busy with other things.
+    """
+    first = lines[0]
+    alone = [(line["teacher_batch"], line["forward_s"]) for line in lines if "teacher_batch" in line]
+    slope, start = (float(value) for value in np.polyfit(*zip(*alone, strict=True), 1))
+    if slope <= 0:
+        raise ValueError(
+            f"forwards that do not grow with the batch: {alone}; measure again on a machine that does nothing else"
+        )
+    half = max(0.0, start / slope)
+    device = Device(flops=1.0, memory=first["machine"].get("memory", H200.memory), utilisation=1.0, half_batch=half)
+    away = statistics.mean(line["there_and_back_s"] for line in lines if "there_and_back_s" in line)
+    network = Network(round_trip=max(0.0, away - device.seconds(slope, 1)))
+    name = first["machine"].get("gpu", first["machine"]["cpu"])
+    cases: list[Case] = []
+    for line in (line for line in lines if "worker_step_s" in line):
+        counted = COUNTED.get(f"{first['family'].removesuffix('_small')} {line['load']}")
+        if counted is not None:
+            forwards = 2 if line["load"] == "sdi" else 1  # a guided answer
+            own = line["worker_step_s"] / (first["batch"] + half)
+            load = replace(counted, worker_flops=own, teacher_flops=forwards * slope, bytes=line["bytes"])
+            cases.append((f"{line['load'].upper()}, {first['family']}, measured on {name}", device, load, network))
+    return cases
+
+
+def table(cases: Sequence[Case] = CASES) -> str:
     """Of each case and cluster: pool over in-worker, and the best pool's size."""
     lines = [
         "| | in worker, images/s, 8 and 256 GPUs | " + " | ".join(map(str, SIZES)) + " | waiting at 8, 256 |",
         "|---|---|" + "---|" * (len(SIZES) + 1),
     ]
-    for name, device, load, network in CASES:
+    for name, device, load, network in cases:
         clusters = [Cluster(device, size, network) for size in SIZES]
         inside, pooled = [predict(c, load, 0) for c in clusters], [best(c, load) for c in clusters]
         cells = [ratio(i.images_per_s, p.images_per_s, p.pool) for i, p in zip(inside, pooled, strict=True)]
@@ -85,7 +131,7 @@ def added() -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path) -> None:
+def plot(path: Path, cases: Sequence[Case] = CASES) -> None:
     """Pool over in-worker, by GPUs."""
     import matplotlib as mpl
 
@@ -93,7 +139,7 @@ def plot(path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 4))
-    for name, device, load, network in CASES:
+    for name, device, load, network in cases:
         inside = [predict(Cluster(device, size, network), load, 0).images_per_s for size in SIZES]
         pooled = [best(Cluster(device, size, network), load).images_per_s for size in SIZES]
         if all(inside):
@@ -108,12 +154,15 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, nargs="*", default=[], help="files of benchmarks.pool")
+    files = [[json.loads(line) for line in path.read_text().splitlines()] for path in parser.parse_args().measured]
+    cases = [*CASES, *(case for lines in files for case in measured(lines))]
     before, _, rest = DOCUMENT.read_text(encoding="utf8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = f"{BEGIN}\n\n{table()}\n\n![Pool over in-worker]({DOCUMENT.stem}.png)\n\n{added()}\n\n{END}"
+    made = f"{BEGIN}\n\n{table(cases)}\n\n![Pool over in-worker]({DOCUMENT.stem}.png)\n\n{added()}\n\n{END}"
     DOCUMENT.write_text(before + made + after, encoding="utf8")
-    plot(DOCUMENT.with_suffix(".png"))
+    plot(DOCUMENT.with_suffix(".png"), cases)
     print(made)
 
 

@@ -15,7 +15,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,10 +53,12 @@ CAPTIONS = [
 
 
 class ThreadTeacher:
-    """A client whose teacher works beside the training step; `waited` is what the step spent on it."""
+    """A client whose teacher works beside the training step; `waited` is what the step spent on it. `counted` has the operations of each
+    answer while it is a list."""
 
     def __init__(self, teacher: Teacher) -> None:
-        self.teacher, self.waited = teacher, 0.0
+        self.teacher, self.waited, self.taken = teacher, 0.0, 0
+        self.counted: list[int] | None = None
         self._thread = ThreadPoolExecutor(1)
         self._stream = torch.cuda.Stream() if teacher.device.type == "cuda" else None
 
@@ -65,7 +67,13 @@ class ThreadTeacher:
 
     def _answer(self, request: Request) -> list[Array]:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return self.teacher.answer(request)
+            counted = self.counted
+            if counted is None:
+                return self.teacher.answer(request)
+            with FlopCounterMode(display=False) as counter:  # of this thread alone
+                answer = self.teacher.answer(request)
+            counted.append(counter.get_total_flops())
+            return answer
 
 
 class _Reply:
@@ -76,6 +84,7 @@ class _Reply:
         start = time.perf_counter()
         reply = self.future.result()
         self.client.waited += time.perf_counter() - start
+        self.client.taken += 1
         return reply
 
 
@@ -96,12 +105,9 @@ def recipe(chosen: argparse.Namespace) -> DistillRecipe:
 def measure(
     name: str, context: StageContext, client: ThreadTeacher, chosen: argparse.Namespace
 ) -> tuple[dict[str, Any], Stage]:
-    """Two steps to warm up, one of them counted by operations, then the timed ones."""
+    """Two steps to warm up, by whose operations the share of the peak is told, then the timed ones."""
     stage = STAGES[name](context)
-    stage.step(0)
-    with FlopCounterMode(display=False) as counter:
-        stage.step(1)
-    flops = counter.get_total_flops()
+    flops, teacher_flops = _operations(stage, client)
     client.waited = 0.0
     _synchronise(chosen.device)
     start = time.perf_counter()
@@ -110,17 +116,29 @@ def measure(
     seconds = (time.perf_counter() - start) / chosen.steps
     line = {
         "stage": name, "seconds_per_step": round(seconds, 3), "images_per_second": round(chosen.batch / seconds, 3),
-        "teacher_wait": round(client.waited / chosen.steps / seconds, 4), "tflop_per_step": round(flops / 1e12, 3),
-        "memory_gib": round(_memory(chosen.device), 2), "losses": [round(loss, 5) for loss in losses],
+        "teacher_wait": round(client.waited / chosen.steps / seconds, 4), "tflop_per_step": round(flops / 1e12, 9),
+        "teacher_tflop_per_step": round(teacher_flops / 1e12, 9), "memory_gib": round(_memory(chosen.device), 2),
+        "losses": [round(loss, 5) for loss in losses],
     }  # fmt: skip
-    return line | _share(flops, seconds, chosen.device), stage
+    accelerator = torch.cuda.get_device_name() if chosen.device == "cuda" else ""
+    return line | share_of_peak(flops + teacher_flops, seconds, accelerator), stage
 
 
-def _share(flops: int, seconds: float, device: str) -> dict[str, float]:
-    """Of the accelerator's peak, by the operations of the step alone; the teacher's come on top."""
-    if device != "cuda":
-        return {}
-    peak = next((value for name, value in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+def _operations(stage: Stage, client: ThreadTeacher) -> tuple[int, float]:
+    """Two steps to warm up: operations of the second one, and of the teacher's answers that it took."""
+    client.counted = []
+    stage.step(0)
+    taken = client.taken
+    with FlopCounterMode(display=False) as counter:
+        stage.step(1)
+    taken, counted = client.taken - taken, client.counted
+    client.counted = None
+    return counter.get_total_flops(), taken * sum(counted) / len(counted) if counted else 0.0
+
+
+def share_of_peak(flops: float, seconds: float, device: str) -> dict[str, float]:
+    """Of the accelerator's peak, by the operations of the step and of the teacher, which works on the same one."""
+    peak = next((value for name, value in PEAK_TFLOPS.items() if name in device), None)
     return {} if peak is None else {"share_of_peak": round(flops / seconds / 1e12 / peak, 4)}
 
 
@@ -150,6 +168,7 @@ def run(chosen: argparse.Namespace, folder: Path) -> None:
     placement = Placement.of(settings.compute, chosen.device)
     spec = TeacherSpec(str(teacher_folder), "bf16" if chosen.precision == "bf16" else "float32")
     client, inputs = ThreadTeacher(Teacher.load(spec, chosen.device)), dict[str, Path]()
+    client.teacher.text.encode([*CAPTIONS, ""])  # kept from then on, as in a run
     for name in STAGES:
         if chosen.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -173,7 +192,7 @@ def note(line: dict[str, Any], chosen: argparse.Namespace) -> None:
     print(json.dumps(line), flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=list(FAMILIES))
     parser.add_argument("--pixels", type=int, default=64)
@@ -187,7 +206,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--small", action="store_true", help="the same classes at tiny widths: does the script run?")
     parser.add_argument("--folder", type=Path, help="keeps the random teacher")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     chosen.online = chosen.online or ("all" if chosen.device == "cuda" else "lora")
     RESULTS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:

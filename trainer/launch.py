@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlparse
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -15,7 +18,9 @@ from sdxs.errors import Aborted
 from sdxs.settings import Settings
 from trainer.cluster import StageJob
 from trainer.data.files import s3_filesystem
+from trainer.tracking.board import Note
 
+LOG = logging.getLogger(__name__)
 ATTEMPTS = 14  # of a request to S3, with pauses of up to 20 s between them: it may be away for minutes
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -76,17 +81,32 @@ class _Watching:
 
         self.job, self.progress, self.stop = job, progress, threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
+        self.logged: set[str] = set()
 
     def _poll(self) -> None:
-        told = 0
-        while True:
+        told, last = 0, False
+        while not last:
             last = self.stop.wait(0.5)
-            notes = ray.get(self.job.board.since.remote(self.job.stage, told))
+            try:
+                notes = ray.get(self.job.board.since.remote(self.job.stage, told))
+            except ray.exceptions.RayError:
+                self._log_once("the board of stage %s cannot be read; training goes on")
+                continue
             told += len(notes)
             for note in notes:
-                self.progress(self.job.stage, *note)
-            if last:
-                return
+                self._tell(note)
+
+    def _tell(self, note: Note) -> None:
+        """Whatever a watcher raises, the next note is for it again."""
+        try:
+            self.progress(self.job.stage, *note)
+        except Exception:
+            self._log_once("whoever watches stage %s failed; training goes on")
+
+    def _log_once(self, text: str) -> None:
+        if text not in self.logged:
+            LOG.error(text, self.job.stage, exc_info=sys.exc_info())
+        self.logged.add(text)
 
     def __enter__(self) -> None:
         self.thread.start()

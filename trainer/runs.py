@@ -18,7 +18,7 @@ from trainer.evaluation.card import add_card
 from trainer.evaluation.control import compare_controls
 from trainer.evaluation.control_card import add_control_card
 from trainer.evaluation.scoring import compare_recipe
-from trainer.preflight.checks import check
+from trainer.preflight.checks import check, check_world, in_file
 from trainer.recipe import AnyRecipe, ControlNetRecipe, ControlRecipe, DistillRecipe, StyleRecipe, TeacherRecipe
 from trainer.session import ray_session
 from trainer.teacher_run import train_teacher
@@ -31,6 +31,8 @@ def run_recipe(recipe: AnyRecipe, output: Path, cluster: Cluster, file: str) -> 
     """Check a recipe, read from `file`, run it to the end and say where the result is."""
     console = Console()
     if isinstance(recipe, TeacherRecipe):
+        with in_file(file):
+            check_world(recipe.world)
         train_teacher(recipe, output)
         console.print(f"teacher{f' and judge of {recipe.world}' if recipe.world else ''}: {output}")
         return
@@ -40,8 +42,9 @@ def run_recipe(recipe: AnyRecipe, output: Path, cluster: Cluster, file: str) -> 
     run_folder = output.with_name(f"{output.name}.run")
     tracker = Tracker(run_folder, open_artifacts(settings), sinks(run_folder))
     with ray_session(), Bars(console) as bars:
-        distillation = Distillation(recipe, settings, cluster, told(tracker, bars))
-        digests = {step.name: step.digest for step in distillation.plan()}
+        with in_file(file):
+            distillation = Distillation(recipe, settings, cluster, told(tracker, bars))
+            digests = {step.name: step.digest for step in distillation.plan()}
         with tracker.run(recipe, digests):
             result = distillation.run(output)
     assert result.bundle is not None

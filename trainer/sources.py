@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 import diffusers.utils.logging
 import transformers.utils.logging
 
-from sdxs.errors import InvalidRequest, NotFound, Unavailable
+from sdxs.errors import InvalidRequest, NotFound, PermissionDenied, Unavailable
 from sdxs.settings import Settings
 from sdxs.store import open_url
 from trainer.recipe import digest
@@ -82,15 +82,34 @@ def _elsewhere(what: str, source: str, wanted: list[str]) -> Path:
     owner, _, name = source.partition("/")
     if owner and name and "/" not in name and owner not in (".", ".."):
         return _from_hub(what, source, wanted)
-    raise NotFound(f"{what} {source!r}: neither a folder, an s3:// address, a hub id (owner/name), nor an embedded {what}")
+    raise _nowhere(what, source)
+
+
+def _nowhere(what: str, source: str) -> NotFound:
+    return NotFound(f"{what} {source!r}: neither a folder, an s3:// address, a hub id (owner/name), nor an embedded {what}")
 
 
 def _from_hub(what: str, source: str, wanted: list[str]) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name, _, revision = source.partition("@")
     try:
         return _download(name, revision or None, wanted)
+    except HFValidationError as error:
+        raise _nowhere(what, source) from error
+    except GatedRepoError as error:
+        raise PermissionDenied(f"{what} {source!r}: the hub gives it only to those who asked for it; set HF_TOKEN") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise NotFound(
+            f"{what} {source!r}: no such folder, and the hub has none or does not show it without HF_TOKEN"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise NotFound(f"{what} {source!r}: no such folder, not downloaded yet, and the hub cannot be reached") from error
     except HfHubHTTPError as error:

@@ -24,10 +24,13 @@ from sdxs.settings import Settings
 from sdxs.store import open_store
 from tests.gate import Gate, gate
 from tests.models import tiny_recipe, tiny_teacher
+from trainer.artifacts import open_artifacts
 from trainer.cluster import Cluster
 from trainer.distill import Distillation
 from trainer.recipe import DistillRecipe
 from trainer.session import ray_session
+from trainer.tracking.sinks import TensorBoard
+from trainer.tracking.tracker import Tracker, read_curve, told
 
 STEPS, EVERY, FAULT = 150, 30, 70  # the fault comes at the first report from step FAULT on: between two checkpoints
 LAST = "diff_instruct"
@@ -56,12 +59,17 @@ class Bench:
                 acted.append(done)
                 act(distillation, metrics)
 
-        data = self.data | ({LAST: self.data[LAST] | change} if change else {})
-        distillation = Distillation(DistillRecipe.model_validate(data), settings, Cluster(checkpoint_every=EVERY), watch)
-        distillation.run(self.folder / "bundle")
+        recipe = DistillRecipe.model_validate(self.data | ({LAST: self.data[LAST] | change} if change else {}))
+        run_folder = self.folder / "bundle.run"
+        tracker = Tracker(run_folder, open_artifacts(settings), [TensorBoard(run_folder / "tensorboard")])
+        distillation = Distillation(recipe, settings, Cluster(checkpoint_every=EVERY), told(tracker, watch))
+        with tracker.run(recipe, {step.name: step.digest for step in distillation.plan()}):
+            distillation.run(self.folder / "bundle")
         assert bool(acted) == (act is not None)
         log = distillation.artifacts.fetch(LAST, distillation.result.digests[LAST]) / "log.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert read_curve(run_folder / "curves" / f"{LAST}.jsonl") == lines
+        assert (run_folder / "samples" / f"{LAST}-{STEPS:06}.png").stat().st_size
         return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
     def forget(self) -> None:

@@ -7,6 +7,7 @@ import sys
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -47,6 +48,53 @@ def test_the_clip_score_by_hand(clip: ClipFeatures) -> None:
             cosines.append(float(answer.logits_per_image / clip.network.logit_scale.exp()))
     assert min(cosines) < 0 < max(cosines)  # both arms of the maximum
     assert clip.score(images(), WORDS) == pytest.approx(np.mean([max(100 * c, 0) for c in cosines]), abs=1e-3)
+
+
+class ForTorchmetrics:
+    """A CLIP model whose features are tensors, as torchmetrics expects of an older transformers; and its processor."""
+
+    def __init__(self, clip: ClipFeatures) -> None:
+        self.clip, self.config = clip, clip.network.config
+
+    def to(self, _: object) -> ForTorchmetrics:
+        return self
+
+    def get_image_features(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        return self._tensor(self.clip.network.get_image_features(pixel_values=pixels_BCHW))
+
+    def get_text_features(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        return self._tensor(self.clip.network.get_text_features(input_ids=ids_BL, attention_mask=mask_BL))
+
+    @staticmethod
+    def _tensor(answer: Any) -> torch.Tensor:
+        found: torch.Tensor = getattr(answer, "pooler_output", answer)
+        return found
+
+    def processor(self, images: Any = None, text: Any = None, **_: object) -> Any:
+        if text is not None:
+            return self.clip.tokenizer(text, padding=True, return_tensors="pt")
+        return self.clip.processor(images, input_data_format="channels_first", return_tensors="pt")
+
+
+def test_torchmetrics_gives_each_image_the_same_clip_score_and_differs_where_the_docs_say(clip: ClipFeatures) -> None:
+    """Its mean is clipped, ours each image; and it cuts the end off a caption that is too long, which CLIP reads as another one."""
+    multimodal = pytest.importorskip("torchmetrics.multimodal.clip_score")
+    wrapped = ForTorchmetrics(clip)
+    with torch.no_grad():
+        metric = multimodal.CLIPScore(model_name_or_path=lambda: (wrapped, wrapped.processor))
+        texts, pictures = ["red circle", "blue square", "x", "a line", "b", "hat"], images(6)
+        tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        theirs = [float(metric(image, text)) for image, text in zip(tensors, texts, strict=True)]
+        ours = [clip.score(image[None], [text]) for image, text in zip(pictures, texts, strict=True)]
+        assert theirs == pytest.approx(ours, abs=1e-3)
+        assert min(ours) == 0 < max(ours)
+        assert clip.score(pictures, texts) == pytest.approx(np.mean(theirs), abs=1e-3)
+        assert 0 <= float(metric.compute()) < np.mean(theirs) - 0.1
+        long = WORDS[1:2]
+        with pytest.warns(UserWarning, match="Will truncate"):
+            cut, _ = multimodal._clip_score_update(tensors[:1], long, wrapped, wrapped.processor)
+        raw = 100 * (clip.features(pictures[:1]) * clip._read(long).double().numpy()).sum()
+        assert abs(float(cut) - raw) > 0.1
 
 
 def test_clip_features_are_unit_vectors_whatever_the_batch(clip: ClipFeatures) -> None:

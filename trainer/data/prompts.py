@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from sdxs.store import open_store
 from trainer.artifacts import Artifacts
 from trainer.data.files import Files, find
 from trainer.data.kinds import refusal
-from trainer.data.rows import Row, choose_format, read_rows
+from trainer.data.rows import Row, choose_format, read_file, read_rows
 from trainer.data.source import Rows, Split, checked
 from trainer.recipe import digest
 from trainer.sections import DataSection
 
 FIELD = "data.prompts"
 SHARD_ROWS = 1 << 20
+LOOK_BYTES, LOOK_ROWS = 1 << 28, 1 << 20  # seconds
 LAYOUT = 1  # raised when tables are laid out or chosen in another way
 _SCHEMA = pa.schema([("caption", pa.string())])
 _SPLITS: tuple[Split, Split] = ("train", "heldout")
@@ -110,6 +112,27 @@ def open_prompts(section: DataSection, settings: Settings) -> PromptTable:
     return PromptTable(datasets.fetch("datasets", facts["digest"]))
 
 
+def look(section: DataSection, settings: Settings) -> None:
+    """Read the first rows, in this process, and keep none: what is wrong with them is said before a run starts.
+
+    Raises:
+        NotFound, InvalidRequest: as `open_prompts`, of LOOK_BYTES of files, at least one, and of LOOK_ROWS.
+    """
+    files = find(section.prompts, settings, FIELD)
+    kind, entries = choose_format(files, section.format, "data.format")
+    ends = accumulate(entry.size for entry in entries)
+    first = [entry for entry, end in zip(entries, ends, strict=True) if end - entry.size < LOOK_BYTES]
+    hash_N, rows = np.empty(0, np.uint64), 0
+    for block in (block for entry in first for block in read_file(entry, files.filesystem, kind, section.column)):
+        _refuse_faults(block, section)
+        hash_N = np.union1d(hash_N, caption_hashes(block.column("caption").to_pylist()))
+        rows += len(block)
+        if rows >= LOOK_ROWS:
+            return
+    if len(first) == len(entries):
+        _refuse_few(len(hash_N), section)
+
+
 def fetch_prompts(table_digest: str, settings: Settings) -> PromptTable:
     """A table that was read before, on any machine. Raises KeyError when there is none of this digest."""
     return PromptTable(Datasets(open_store(settings), settings.cache_dir / "artifacts").fetch("datasets", table_digest))
@@ -168,12 +191,16 @@ def _choose(hash_N: npt.NDArray[np.uint64], section: DataSection) -> _Kept:
     """The first row of each caption; held out are the `heldout` smallest hashes. A row that is added may take a held-out one's place,
     which then is trained on; no caption that was trained on is ever held out because rows were added."""
     distinct, first = np.unique(hash_N, return_index=True)  # ascending by hash
-    if len(distinct) <= section.heldout:
-        raise InvalidRequest(
-            FIELD, section.prompts, f"more than {section.heldout} different prompts (data.heldout); it has {len(distinct)}"
-        )
+    _refuse_few(len(distinct), section)
     heldout, train = first[: section.heldout], first[section.heldout :]
     return _Kept(np.sort(train), np.sort(heldout))
+
+
+def _refuse_few(distinct: int, section: DataSection) -> None:
+    if distinct <= section.heldout:
+        raise InvalidRequest(
+            FIELD, section.prompts, f"more than {section.heldout} different prompts (data.heldout); it has {distinct}"
+        )
 
 
 def _write(reader: Any, kept: _Kept, folder: Path) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from sdxs.errors import InvalidRequest
 from trainer.placement import worker_rank
@@ -78,7 +79,7 @@ def read_lora(path: str) -> tuple[dict[str, Tensor], Any]:
         raise InvalidRequest("lora.path", path, "a .safetensors file, or a folder with pytorch_lora_weights.safetensors")
     try:
         state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(path, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidRequest("lora.path", path, f"a LoRA that diffusers reads ({error})") from error
     if not any("lora" in name for name in state):
         raise InvalidRequest("lora.path", path, "a LoRA; it has no tensor of one")
@@ -89,27 +90,50 @@ def check_lora(path: str, unet_config: Any) -> None:
     """Refuse a LoRA that does not fit a U-Net, by its shapes alone; no weights of the U-Net are needed.
 
     Raises:
-        InvalidRequest: a layer is not in the U-Net or has another width; names it.
+        InvalidRequest: a layer is not in the U-Net or has other widths, or its two matrices do not fit each other; names it.
     """
     state, _ = read_lora(path)
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(dict(unet_config))
     modules = dict(unet.named_modules())
-    for layer, width in _inputs_of(state):
-        module = modules.get(layer)
-        own = None if module is None else getattr(module, "in_features", getattr(module, "in_channels", None))
-        if width != own:
-            found = "has no such layer" if module is None else f"has {own} inputs there"
-            raise InvalidRequest("lora.path", path, f"a LoRA made for this U-Net: {layer} takes {width}, the U-Net {found}")
+    for layer, (down, up) in _layers_of(state).items():
+        fault = _misfit(down, up, modules.get(layer))
+        if fault is not None:
+            raise InvalidRequest("lora.path", path, f"a LoRA made for this U-Net: {layer} {fault}")
 
 
-def _inputs_of(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
-    """Each layer of the U-Net that a LoRA changes, with the number of inputs it was made for."""
+def _misfit(down: torch.Size | None, up: torch.Size | None, module: nn.Module | None) -> str | None:
+    """What is wrong with a layer's matrices."""
+    if down is None or up is None:
+        return "has one matrix of two"
+    if module is None:
+        return f"takes {down[1]}, the U-Net has no such layer"
+    if down[0] != up[1]:
+        return f"has matrices of rank {down[0]} and {up[1]}"
+    for does, made_for, ways in (("takes", down[1], "in"), ("gives", up[0], "out")):
+        own = getattr(module, f"{ways}_features", getattr(module, f"{ways}_channels", None))
+        if made_for != own:
+            return f"{does} {made_for}, the U-Net has {own} {ways}puts there"
+    return None
+
+
+Sizes = tuple[torch.Size | None, torch.Size | None]
+MARKS = {
+    "down": (".lora_A.", ".lora.down.", ".lora_linear_layer.down."),
+    "up": (".lora_B.", ".lora.up.", ".lora_linear_layer.up."),
+}  # fmt: skip
+
+
+def _layers_of(state: Mapping[str, Tensor]) -> dict[str, Sizes]:
+    """Each layer of the U-Net that a LoRA changes, with the shapes of its matrices, down and up."""
+    found: dict[str, dict[str, torch.Size]] = {}
     for name, value in state.items():
-        for mark in (".lora_A.", ".lora.down.", ".lora_linear_layer.down."):
-            layer, found, _ = name.partition(mark)
-            if found and not name.startswith("text_encoder"):
-                yield layer.removeprefix("unet."), value.shape[1]
+        if name.startswith("text_encoder"):
+            continue
+        for way, marks in MARKS.items():
+            for layer in (name.partition(mark)[0] for mark in marks if mark in name):
+                found.setdefault(layer.removeprefix("unet."), {})[way] = value.shape
+    return {layer: (shapes.get("down"), shapes.get("up")) for layer, shapes in found.items()}
 
 
 def merge_lora(unet: Any, text_encoders: Sequence[Any], lora: LoraSection) -> None:

@@ -1,7 +1,7 @@
 """What can be wrong with a recipe that shows before any worker starts: parts, shapes, files, and what the machines can do.
 
-Every fault is one InvalidRequest that names the field, its value, what is allowed, and the recipe's file. No weights are read but a
-LoRA's names and shapes, and no GPU is asked for.
+Every fault is one error that names the field, its value, what is allowed, and the recipe's file. No weights are read but a LoRA's names
+and shapes, of others only what their files' headers say, and no GPU is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
-from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
+from sdxs.errors import InvalidRequest, PreconditionFailed, SdxsError
 from sdxs.settings import Settings
 from trainer.cluster import Cluster
 from trainer.models import lora
@@ -28,11 +28,14 @@ from trainer.preflight.given import (
     absent,
     check_images,
     check_prompts,
+    check_weights,
     images_field,
     images_of,
     missing_for_images,
+    of_field,
+    reworded,
     style_of,
-)  # fmt: skip
+)
 from trainer.preflight.shapes import TeacherShapes, build, feature_maps, read_shapes, teacher_shapes
 from trainer.recipe import ControlRecipe, DistillRecipe, StyleRecipe
 from trainer.sections import DiffInstructSection, ImagesSection, LoraSection, MatchingSection, Optimisation, PairsSection
@@ -49,16 +52,16 @@ def check(recipe: Recipe, cluster: Cluster, settings: Settings, file: str, *, fe
             user's own may be missing (`absent`).
 
     Raises:
-        InvalidRequest, NotFound: the first fault.
+        SdxsError: the first fault; InvalidRequest or NotFound but for a store or a hub that does not answer or refuses.
     """
     with in_file(file):
+        check_world(recipe.world)
         _machines(recipe, cluster)
         _packages(recipe)
         teacher = _teacher("teacher", recipe.teacher, fetch)
-        _world(recipe)
         missing = [] if fetch else [field for field, _ in absent(recipe)]
         if recipe.data is not None and "data.prompts" not in missing:
-            check_prompts(recipe.data)
+            check_prompts(recipe.data, settings, fetch)
         images = images_of(recipe)
         if images is not None:
             _image_size(images, images_field(recipe), teacher)
@@ -88,17 +91,14 @@ def in_file(file: str) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         raise InvalidRequest(error.field, error.value, f"{error.allowed} (recipe {file})") from error
-    except (NotFound, PreconditionFailed) as error:
-        raise type(error)(f"{error} (recipe {file})") from error
+    except SdxsError as error:
+        raise reworded(error, f"{error} (recipe {file})", error.field) from error
 
 
-def _world(recipe: Recipe) -> None:
-    """The world is one of those there are."""
-    try:
-        if recipe.world is not None:
-            get_world(recipe.world)
-    except InvalidRequest as error:
-        raise InvalidRequest("world", recipe.world, error.allowed) from error
+def check_world(name: str | None) -> None:
+    """A world that a recipe names is one. Raises InvalidRequest."""
+    if name is not None:
+        get_world(name)
 
 
 def _image_size(section: ImagesSection, field: str, teacher: TeacherShapes) -> None:
@@ -149,12 +149,8 @@ def _packages(recipe: Recipe) -> None:
 
 def _teacher(field: str, source: str, fetch: bool) -> TeacherShapes:
     """A teacher with all its parts; where it is to be fetched only later, its shapes."""
-    try:
+    with of_field(field, source):
         shapes = read_shapes(source, teacher_folder(source)) if fetch else teacher_shapes(source)
-    except InvalidRequest as error:
-        raise InvalidRequest(field, source, error.allowed) from error
-    except NotFound as error:
-        raise NotFound(f"{field}: {error}") from error
     if shapes.folder is not None:
         _whole(field, shapes, shapes.folder)
     return shapes
@@ -169,6 +165,7 @@ def _whole(field: str, shapes: TeacherShapes, folder: Path) -> None:
     for part in ("unet", "vae", "text_encoder", *second[:1]):
         if not any((folder / part).glob("*.safetensors")) and not any((folder / part).glob("*.bin")):
             raise InvalidRequest(field, shapes.source, f"a folder with weights; {folder / part} has no .safetensors")
+        check_weights(field, shapes.source, folder / part)
     kind = shapes.scheduler.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise InvalidRequest(f"{field}.scheduler.prediction_type", kind, "epsilon or v_prediction")

@@ -15,7 +15,7 @@ from sdxs.errors import InvalidRequest, NotFound
 from sdxs.settings import Settings
 from trainer.models.controlnets import KINDS, MID, built, shrink_controlnet
 from trainer.models.students import student_config
-from trainer.preflight.given import local_base
+from trainer.preflight.given import check_weights, local_base, of_field
 from trainer.preflight.shapes import ControlNetShapes, TeacherShapes, controlnet_shapes
 from trainer.recipe import ControlRecipe, StyleRecipe
 from trainer.sections import FeatureSection
@@ -27,6 +27,8 @@ NOISE = {
 """What two models' noise schedules must share, with diffusers' defaults."""
 STAGES = ("block_out_channels", "down_block_types", "layers_per_block", "mid_block_type")
 """What the residuals of a ControlNet depend on."""
+BLOCKS = ("down_block_types", "up_block_types", "mid_block_type", "layers_per_block", "transformer_layers_per_block")
+"""What a student has less of than its teacher."""
 
 
 def share_noise(field: str, source: str, scheduler: Mapping[str, Any], teacher: TeacherShapes) -> None:
@@ -43,12 +45,17 @@ def check_base(recipe: StyleRecipe | ControlRecipe, teacher: TeacherShapes, sett
     Raises:
         InvalidRequest, NotFound, CorruptArtifact.
     """
-    here = None if fetch else local_base(recipe.base)
-    folder, _ = registry.open_model(here or recipe.base, settings)
-    unet = read_config(folder, "unet/config.json")
+    with of_field("base", recipe.base):
+        here = None if fetch else local_base(recipe.base)
+        folder, _ = registry.open_model(here or recipe.base, settings)
+        unet, scheduler = read_config(folder, "unet/config.json"), read_config(folder, "scheduler/scheduler_config.json")
+    for part in ("unet", "vae", "text_encoder"):
+        check_weights("base", recipe.base, folder / part)
+    if all(unet.get(name) == teacher.unet.get(name) for name in BLOCKS):
+        raise InvalidRequest("base", recipe.base, "a one-step bundle: a student, which has fewer blocks than its teacher")
     for name in ("in_channels", "sample_size", "cross_attention_dim"):
-        _same("base", recipe.base, name, unet[name], teacher.unet[name])
-    share_noise("base", recipe.base, read_config(folder, "scheduler/scheduler_config.json"), teacher)
+        _same("base", recipe.base, name, unet.get(name), teacher.unet[name])
+    share_noise("base", recipe.base, scheduler, teacher)
     if isinstance(recipe, ControlRecipe):
         shrunk = student_config(teacher.unet, recipe.student.blocks)
         for name in STAGES:

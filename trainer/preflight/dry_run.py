@@ -28,7 +28,7 @@ from trainer.assemble import assemble
 from trainer.cluster import Cluster, StageJob
 from trainer.distill import Distillation
 from trainer.plan import Step
-from trainer.preflight.checks import check
+from trainer.preflight.checks import check, check_world, in_file
 from trainer.preflight.cost import costs
 from trainer.preflight.cost_table import tables
 from trainer.preflight.given import Recipe, absent
@@ -56,6 +56,8 @@ def dry_run(recipe: AnyRecipe, cluster: Cluster, file: str, console: Console) ->
     """
     hush()
     if isinstance(recipe, TeacherRecipe):
+        with in_file(file):
+            check_world(recipe.world)
         with tempfile.TemporaryDirectory(prefix="sdxs-dry-run-") as scratch:
             rehearse_teacher(recipe, Path(scratch))
         console.print("every stage ran for two steps; what a teacher costs is not estimated")

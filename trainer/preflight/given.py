@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sdxs import registry
-from sdxs.errors import InvalidRequest
+from sdxs.errors import InvalidRequest, SdxsError
+from sdxs.settings import Settings
+from trainer.data.prompts import look
 from trainer.preflight.shapes import local_controlnet
 from trainer.recipe import ControlNetRecipe, ControlRecipe, DistillRecipe, RunRecipe, StyleRecipe
 from trainer.sections import DataSection, ImagesSection, LoraSection
@@ -71,15 +76,47 @@ def check_images(section: ImagesSection, field: str) -> None:
         raise InvalidRequest(f"{field}.images", section.images, "a folder, file or glob that is there and not empty")
 
 
-def check_prompts(data: DataSection) -> None:
-    """Local files of prompts exist and are not empty. What is in each row is checked when they are read."""
+def check_prompts(data: DataSection, settings: Settings, fetch: bool) -> None:
+    """There are prompts, and nothing is wrong with the first ones (`look`); S3 is asked only where things may be fetched."""
     if data.prompts.startswith("s3://"):
+        if fetch:
+            look(data, settings)
         return
     files = _files(data.prompts)
     if not files:
         raise InvalidRequest("data.prompts", data.prompts, "a file, folder or glob that is there")
     if not any(_says_something(path) for path in files):
         raise InvalidRequest("data.prompts", data.prompts, "prompts; what is there is empty")
+    look(data, settings)
+
+
+def check_weights(field: str, source: str, folder: Path) -> None:
+    """The .safetensors files of a network are whole, by their headers; of a sharded one all are there."""
+    names = {path.name for path in folder.glob("*.safetensors")}
+    for name in sorted(names):
+        size, expected = (folder / name).stat().st_size, safetensors_size(folder / name)
+        if size != expected:
+            said = "no header that can be read" if expected is None else f"its header says {expected}"
+            raise InvalidRequest(field, source, f"whole weights; {folder / name} has {size} bytes, {said}")
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())
+        if names & shards and shards - names:  # none at all: the index of a variant that is not used
+            raise InvalidRequest(field, source, f"whole weights; {folder} has no {min(shards - names)}")
+
+
+def safetensors_size(path: Path) -> int | None:
+    """Bytes that a .safetensors file has by its header: its length, itself, and the tensors. None: it has no such header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            return None
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            return None
+    return 8 + length + max(ends, default=0)
 
 
 def _files(prompts: str) -> list[Path]:
@@ -93,3 +130,21 @@ def _says_something(path: Path) -> bool:
     """Whether anything but white space is in a file."""
     with path.open("rb") as file:
         return any(block.strip() for block in iter(lambda: file.read(1 << 16), b""))
+
+
+@contextmanager
+def of_field(field: str, source: str) -> Iterator[None]:
+    """Says of every fault found inside which field is at fault."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(field, source, error.allowed) from error
+    except SdxsError as error:
+        raise reworded(error, f"{field}: {error}", field) from error
+
+
+def reworded(error: SdxsError, text: str, field: str) -> SdxsError:
+    """An error of the same kind. InvalidRequest, which takes more than a text, is not meant."""
+    found = type(error)(text)
+    found.field = field
+    return found

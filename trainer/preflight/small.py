@@ -51,10 +51,10 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if isinstance(recipe, ControlNetRecipe) and recipe.controlnet.images is not None:
         data["world"], data["controlnet"]["images"] = None, _small_images(folder / "images", shapes)
     if isinstance(recipe, ControlRecipe):
-        data["base"] = str(_small_bundle(teacher, folder / "base", recipe.student.blocks))
+        data["base"] = str(small_bundle(teacher, folder / "base", recipe.student.blocks))
         data["controlnet"] = str(_small_controlnet(teacher, folder / "controlnet"))
     if isinstance(recipe, StyleRecipe):
-        data["base"] = str(_small_bundle(teacher, folder / "base"))
+        data["base"] = str(small_bundle(teacher, folder / "base"))
         data["style"]["path"] = str(_small_lora(teacher, folder / "style"))
     if isinstance(recipe, DistillRecipe):
         data["decoder"]["config"] = _small_decoder(recipe.decoder.config, shapes)
@@ -163,7 +163,7 @@ def _small_images(folder: Path, shapes: TeacherShapes) -> dict[str, Any]:
     return {"images": str(folder), "size": side}
 
 
-def _small_bundle(teacher: Path, folder: Path, blocks: Blocks | None = None) -> Path:
+def small_bundle(teacher: Path, folder: Path, blocks: Blocks | None = None) -> Path:
     """A one-step bundle of the teacher's own shrunk U-Net, as a distillation would leave it."""
     shapes = read_shapes(str(teacher), teacher)
     shrink(load_frozen(UNet2DConditionModel, teacher / "unet"), blocks).save_pretrained(folder / "unet")

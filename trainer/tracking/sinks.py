@@ -9,11 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from sdxs.errors import PreconditionFailed
+from sdxs.errors import PreconditionFailed, Unavailable
 from trainer.recipe import AnyRecipe
 
 PARAMETER_LENGTH = 500  # MLflow refuses longer ones
 URI = "MLFLOW_TRACKING_URI"
+HASTY = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}  # by default minutes, and a run is told again
 
 
 class Sink(Protocol):
@@ -96,15 +100,30 @@ class MLflow:
         except ImportError as error:
             needed = "pip install mlflow-skinny, or unset it"
             raise PreconditionFailed(f"{URI} is set, but MLflow is not installed: {needed}") from error
+        for name, value in HASTY.items():
+            os.environ.setdefault(name, value)
         self.client: Any = MlflowClient()
         self.folder, self.run = folder, ""
         self._sent: dict[tuple[str, str], int] = {}
 
     def begin(self, recipe: AnyRecipe) -> None:
+        """The server must be there now, whenever it is away later.
+
+        Raises:
+            Unavailable: it is not, or refuses.
+        """
+        from mlflow.exceptions import MlflowException
+
         noted = self.folder / "mlflow.txt"
         if noted.exists():
             self.run = noted.read_text().strip()
             return
+        try:
+            self._create(recipe, noted)
+        except MlflowException as error:
+            raise Unavailable(f"{URI}={os.environ[URI]}: {str(error).splitlines()[0][:200]}") from error
+
+    def _create(self, recipe: AnyRecipe, noted: Path) -> None:
         experiment = self.client.get_experiment_by_name("sdxs")
         identity = experiment.experiment_id if experiment else self.client.create_experiment("sdxs")
         self.run = self.client.create_run(identity, run_name=recipe.name).info.run_id

@@ -9,11 +9,14 @@
 
 A run that goes on continues its curves: what a stage reports again, after a worker came back from a checkpoint, takes the place of
 what it had reported. A stage whose inputs have changed begins anew.
+
+Tracking never stops a run: a store that is away is waited for, a sink is told later, and what fails all the same is logged.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +24,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.artifacts import Artifacts
+from trainer.artifacts import Artifacts, patiently
 from trainer.recipe import AnyRecipe
 from trainer.tracking.page import draw_curve, write_page
 from trainer.tracking.sinks import Sink
+from trainer.tracking.telling import Telling
 from trainer.tracking.versions import versions
 
+LOG = logging.getLogger(__name__)
 SAMPLED = "sampled"  # the metric by which a worker says that it has left a grid for this step
 IGNORED = ("worker_pid", "workers", SAMPLED)
 Row = dict[str, float]
@@ -41,7 +46,7 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, artifacts: Artifacts, sinks: Iterable[Sink] = ()) -> None:
-        self.folder, self.artifacts, self.sinks = folder, artifacts, list(sinks)
+        self.folder, self.artifacts, self.sinks = folder, artifacts, [Telling(sink) for sink in sinks]
         self.digests: dict[str, str] = {}
         self._curves: dict[str, list[Row]] = {}
         self._lock = threading.Lock()
@@ -59,12 +64,12 @@ class Tracker:
         _write(self.folder / "recipe.json", recipe.model_dump(mode="json"))
         _write(self.folder / "versions.json", versions())
         self._curves = {stage: read_curve(self._curve(stage)) for stage in digests}
-        for sink in self.sinks:
-            sink.begin(recipe)
+        for telling in self.sinks:
+            telling.sink.begin(recipe)
 
     def __call__(self, stage: str, done: int, steps: int, metrics: dict[str, float]) -> None:
-        """One report of a stage; of drawn stages only that they went on."""
-        with self._lock:
+        """One report of a stage; of drawn stages only that they went on. Raises nothing."""
+        with self._lock, self._logged(f"a report of stage {stage} at step {done}"):
             if SAMPLED in metrics:
                 self._fetch_grid(stage, done)
             elif "loss" in metrics:
@@ -80,15 +85,26 @@ class Tracker:
             self.finish()
 
     def finish(self) -> None:
-        """Take over what the stages left in the store, and write pictures and page."""
+        """Take over what the stages left in the store, and write pictures and page. Raises nothing."""
         with self._lock:
-            for stage, digest in self.digests.items():
-                self._settle(stage, digest)
-                if self._curves.get(stage):
-                    draw_curve(stage, self._curves[stage], self.folder / "curves" / f"{stage}.png")
-            write_page(self.folder, self._curves)
-            for sink in self.sinks:
-                sink.finish(self.folder)
+            with self._logged("what the stages left in the store"):
+                for stage, digest in self.digests.items():
+                    self._settle(stage, digest)
+            with self._logged("the page of the run"):
+                for stage in self.digests:
+                    if self._curves.get(stage):
+                        draw_curve(stage, self._curves[stage], self.folder / "curves" / f"{stage}.png")
+                write_page(self.folder, self._curves)
+            for telling in self.sinks:
+                telling.finish(lambda sink: sink.finish(self.folder))
+
+    @contextmanager
+    def _logged(self, what: str) -> Iterator[None]:
+        """What is raised inside is logged: it is not worth a run."""
+        try:
+            yield
+        except Exception:
+            LOG.exception("run folder %s is without %s", self.folder, what)
 
     def _curve(self, stage: str) -> Path:
         return self.folder / "curves" / f"{stage}.jsonl"
@@ -106,8 +122,11 @@ class Tracker:
             curve.append(row)
             with self._curve(stage).open("a", encoding="utf8") as file:
                 file.write(json.dumps(row) + "\n")
-        for sink in self.sinks:
-            sink.row(stage, row)
+        self._tell_row(stage, row)
+
+    def _tell_row(self, stage: str, row: Row) -> None:
+        for telling in self.sinks:
+            telling(lambda sink: sink.row(stage, row))
 
     def _settle(self, stage: str, digest: str) -> None:
         """The curve in the store is the whole one, also of stages that this run reused; so are the grids."""
@@ -116,24 +135,26 @@ class Tracker:
             return
         if "log.jsonl" in facts["files"]:
             known = {row["step"] for row in self._curves.get(stage, [])}
-            log = self.artifacts.store.get_bytes(f"{self.artifacts.prefix(stage, digest)}/log.jsonl").decode()
+            key = f"{self.artifacts.prefix(stage, digest)}/log.jsonl"
+            log = patiently(lambda: self.artifacts.store.get_bytes(key)).decode()
             whole = [json.loads(line) for line in log.splitlines()]
             self._curves[stage] = whole
             write_curve(self._curve(stage), whole)
             for row in whole:
                 if row["step"] not in known:
-                    for sink in self.sinks:
-                        sink.row(stage, row)
-        for key in self.artifacts.store.list(f"{self.artifacts.prefix(stage, digest)}/samples/"):
+                    self._tell_row(stage, row)
+        samples = f"{self.artifacts.prefix(stage, digest)}/samples/"
+        for key in patiently(lambda: list(self.artifacts.store.list(samples))):
             self._fetch_grid(stage, int(Path(key).stem))
 
     def _fetch_grid(self, stage: str, step: int) -> None:
         target = self.folder / "samples" / f"{stage}-{step:06}.png"
         if target.exists():
             return
-        self.artifacts.store.get_file(f"{self.artifacts.prefix(stage, self.digests[stage])}/samples/{step:06}.png", target)
-        for sink in self.sinks:
-            sink.picture(stage, step, target)
+        key = f"{self.artifacts.prefix(stage, self.digests[stage])}/samples/{step:06}.png"
+        patiently(lambda: self.artifacts.store.get_file(key, target))
+        for telling in self.sinks:
+            telling(lambda sink: sink.picture(stage, step, target))
 
     def _forget(self, stage: str) -> None:
         for path in [*self.folder.glob(f"curves/{stage}.*"), *self.folder.glob(f"samples/{stage}-*.png")]:

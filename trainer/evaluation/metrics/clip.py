@@ -54,7 +54,8 @@ class ClipFeatures:
 
     @torch.inference_mode()
     def score(self, image_BHWC: np.ndarray, prompts: list[str]) -> float:
-        """Mean of max(100 cos(image, prompt), 0), as torchmetrics and the papers' tables have it; long prompts are cut to CLIP's length."""
+        """Mean of max(100 cos(image, prompt), 0), eq. 1 of arXiv:2104.08718 times 40; long prompts are cut to CLIP's length and keep their
+        end token, which CLIP reads. torchmetrics cuts that off too, and takes max(mean, 0) of the whole."""
         return self.fit(self.features(image_BHWC), prompts)
 
     @torch.inference_mode()
