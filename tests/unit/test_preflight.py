@@ -152,7 +152,7 @@ def test_an_incomplete_teacher(teachers: Path, tmp_path: Path) -> None:
 
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-FITS = {f"{LAYER}.lora_A.weight": (2, 16), f"{LAYER}.lora_B.weight": (4, 2)}
+FITS: dict[str, tuple[int, ...]] = {f"{LAYER}.lora_A.weight": (2, 16), f"{LAYER}.lora_B.weight": (4, 2)}
 """Of `sd21`: its text is 16 wide, its first level 4."""
 
 
