@@ -42,7 +42,7 @@ def recipe(folders: dict[str, str], **changes: Any) -> DistillRecipe:
 
 def asked(plan: list[Step]) -> dict[str, str | None]:
     """Whom each step asks, by name."""
-    return {step.name: step.teacher and Path(step.teacher.source).name for step in plan}
+    return {step.name: Path(step.teacher.source).name if step.teacher else None for step in plan}
 
 
 def test_each_model_is_asked_for_what_the_recipe_names_it_for(folders: dict[str, str]) -> None:
@@ -101,7 +101,7 @@ def test_another_model_makes_its_steps_again_and_those_that_read_them(folders: d
 @pytest.mark.parametrize("name", ["pairs", "compositions"])
 def test_two_models_cannot_both_draw(folders: dict[str, str], name: str) -> None:
     data = tiny_recipe(Path(folders["slow"])) | {"straighten": {**SIZE, "samples": FEW}}
-    assert parse(data)
+    assert isinstance(parse(data), DistillRecipe)
     with pytest.raises(InvalidRequest, match=rf"{name}\.teacher: with \[straighten\] the straightened teacher draws"):
         parse(data | {name: {**FEW, "teacher": folders["fast"]}})
 
