@@ -95,7 +95,9 @@ def lines_of(seconds: float, half: float, away: float) -> list[dict[str, Any]]:
     """A result file of a teacher whose forward of b images takes seconds (b + half), at batches of 16."""
     facts: dict[str, Any] = {"machine": {"cpu": "c", "gpu": "G", "memory": 80e9}, "family": "sd21", "batch": 16}
     alone: list[dict[str, Any]] = [{"teacher_batch": b, "forward_s": seconds * (b + half)} for b in (1, 2, 4, 8, 16)]
-    steps: list[dict[str, Any]] = [{"load": load, "worker_step_s": 3 * seconds * (16 + half), "bytes": 1000.0} for load in ("kd", "sdi")]
+    steps: list[dict[str, Any]] = [
+        {"load": load, "worker_step_s": 3 * seconds * (16 + half), "bytes": 1000.0} for load in ("kd", "sdi")
+    ]
     return [{**facts, **line} for line in [*alone, *steps, {"there_and_back_s": away + seconds * (1 + half)}]]
 
 

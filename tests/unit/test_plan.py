@@ -101,7 +101,7 @@ def test_another_model_makes_its_steps_again_and_those_that_read_them(folders: d
 @pytest.mark.parametrize("name", ["pairs", "compositions"])
 def test_two_models_cannot_both_draw(folders: dict[str, str], name: str) -> None:
     data = tiny_recipe(Path(folders["slow"])) | {"straighten": {**SIZE, "samples": FEW}}
-    parse(data)
+    assert isinstance(parse(data), DistillRecipe)
     with pytest.raises(InvalidRequest, match=rf"{name}\.teacher: with \[straighten\] the straightened teacher draws"):
         parse(data | {name: {**FEW, "teacher": folders["fast"]}})
 
