@@ -190,6 +190,13 @@ def test_conditions_are_known_and_stand_once(control: dict[str, Any], conditions
     assert caught.value.field.startswith("recipe.conditions")
 
 
+class WholeTeacher(InProcessTeacher):
+    """A pool of one place."""
+
+    def whole(self) -> WholeTeacher:
+        return self
+
+
 @dataclass
 class Pool:
     """Stands where actors would be; answers in this process."""
@@ -197,8 +204,8 @@ class Pool:
     spec: TeacherSpec
     closed: bool = False
 
-    def client(self) -> InProcessTeacher:
-        return InProcessTeacher(Teacher.load(self.spec))
+    def client(self) -> WholeTeacher:
+        return WholeTeacher(Teacher.load(self.spec))
 
     def close(self) -> None:
         self.closed = True
