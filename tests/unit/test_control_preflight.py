@@ -157,7 +157,7 @@ def test_an_older_file_that_does_not_name_its_mid_stage_has_one(own: Path) -> No
     [
         ({"warmup": {"feature_weights": (1.0,)}}, "warmup.feature_weights"),
         ({"diff_instruct": {"feature_weights": (1.0,)}}, "diff_instruct.feature_weights"),
-        ({"pairs": {"teacher": "nobody"}}, ""),
+        ({"pairs": {"teacher": "nobody"}}, "pairs.teacher"),
         ({"world": "photos"}, "world"),
         ({"unet": {"images": {"images": "nowhere", "size": 64}}}, "unet.images.images"),
         ({"unet": {"images": {"images": "nowhere", "size": 65}}}, "unet.images.size"),

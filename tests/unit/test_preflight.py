@@ -323,7 +323,7 @@ def test_a_teacher_that_the_hub_does_not_give(teachers: Path, hub: None, source:
 
 def test_a_world_that_there_is_not(teachers: Path) -> None:
     error = refused(recipe(teachers, world="moon", teacher="nobody"))
-    assert error.field == "recipe.world" and "one of emoji, scenes" in str(error)
+    assert error.field == "world" and "one of emoji, scenes" in str(error)
 
 
 def prompts_of(folder: Path, name: str) -> Path:

@@ -57,5 +57,5 @@ def get_world(name: str) -> World:
 
     worlds: dict[str, type[World]] = {"emoji": EmojiWorld, "scenes": ScenesWorld}
     if name not in worlds:
-        raise InvalidRequest("recipe.world", name, f"one of {', '.join(worlds)}")
+        raise InvalidRequest("world", name, f"one of {', '.join(worlds)}")
     return worlds[name]()
