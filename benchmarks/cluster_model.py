@@ -80,7 +80,7 @@ def measured(lines: list[dict[str, Any]]) -> list[Case]:
     """
     first = lines[0]
     alone = [(line["teacher_batch"], line["forward_s"]) for line in lines if "teacher_batch" in line]
-    slope, start = (float(value) for value in np.polyfit(*zip(*alone, strict=True), 1))
+    slope, start = map(float, np.polyfit([size for size, _ in alone], [seconds for _, seconds in alone], 1))
     if slope <= 0:
         raise ValueError(
             f"forwards that do not grow with the batch: {alone}; measure again on a machine that does nothing else"

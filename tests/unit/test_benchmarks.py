@@ -36,7 +36,7 @@ def operations(folder: Path, batch: int, guidance: float) -> int:
     teacher.answer(request)
     with FlopCounterMode(display=False) as counter:
         teacher.answer(request)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def test_full_size_run_small_counts_the_teacher_too(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,8 +94,10 @@ def test_the_pool_benchmark_writes_what_the_cluster_model_reads(monkeypatch: pyt
 def lines_of(seconds: float, half: float, away: float) -> list[dict[str, Any]]:
     """A result file of a teacher whose forward of b images takes seconds (b + half), at batches of 16."""
     facts = {"machine": {"cpu": "c", "gpu": "G", "memory": 80e9}, "family": "sd21", "batch": 16}
-    alone = [{"teacher_batch": b, "forward_s": seconds * (b + half)} for b in (1, 2, 4, 8, 16)]
-    steps = [{"load": load, "worker_step_s": 3 * seconds * (16 + half), "bytes": 1000.0} for load in ("kd", "sdi")]
+    alone: list[dict[str, Any]] = [{"teacher_batch": b, "forward_s": seconds * (b + half)} for b in (1, 2, 4, 8, 16)]
+    steps: list[dict[str, Any]] = [
+        {"load": load, "worker_step_s": 3 * seconds * (16 + half), "bytes": 1000.0} for load in ("kd", "sdi")
+    ]
     return [{**facts, **line} for line in [*alone, *steps, {"there_and_back_s": away + seconds * (1 + half)}]]
 
 

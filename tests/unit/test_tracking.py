@@ -248,10 +248,10 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     (result / "log.jsonl").write_text('{"step": 10, "loss": 0.7}\n')
     artifacts.save("unet", "u1", result, {})
     leave_grid(artifacts, "unet", 10, tmp_path)
-    made.artifacts = Artifacts(Away(artifacts.store, 3), artifacts.cache)  # type: ignore[arg-type]
+    made.artifacts = Artifacts(Away(artifacts.store, 3), artifacts.cache)
     made("unet", 10, 20, {SAMPLED: 1.0})
     assert (tmp_path / "mine.run" / "samples" / "unet-000010.png").exists()
-    made.artifacts = Artifacts(Away(artifacts.store, 3), artifacts.cache)  # type: ignore[arg-type]
+    made.artifacts = Artifacts(Away(artifacts.store, 3), artifacts.cache)
     made.finish()
     assert [row["loss"] for row in read_curve(tmp_path / "mine.run" / "curves" / "unet.jsonl")] == [0.7]
     assert not caplog.records
@@ -261,7 +261,7 @@ def test_a_store_that_stays_away_costs_no_run(
     tmp_path: Path, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("trainer.artifacts.PATIENCE_S", 0.0)
-    made = Tracker(tmp_path / "mine.run", Artifacts(Away(artifacts.store, math.inf), artifacts.cache))  # type: ignore[arg-type]
+    made = Tracker(tmp_path / "mine.run", Artifacts(Away(artifacts.store, math.inf), artifacts.cache))
     with made.run(RECIPE, DIGESTS):
         made("unet", 10, 20, {SAMPLED: 1.0})
         made("unet", 10, 20, {"loss": 0.5})
