@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ FITS: dict[str, tuple[int, ...]] = {f"{LAYER}.lora_A.weight": (2, 16), f"{LAYER}
 """Of `sd21`: its text is 16 wide, its first level 4."""
 
 
-def write_lora(folder: Path, shapes: dict[str, tuple[int, ...]] = FITS) -> str:
+def write_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]] = FITS) -> str:
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "style.safetensors")
     return str(folder / "style.safetensors")
 
