@@ -1,7 +1,6 @@
 """What a request may say. Pure functions: a message in, an order out, or InvalidRequest that names the field."""
 
 import hashlib
-import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
 MAX_PROMPT_CHARACTERS = 4096
 MAX_SEED = 2**63 - 1
 MAX_CONTROLS = 4
-MAX_SCALE = 2.0
 _JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -137,8 +135,7 @@ def _control(asked: control_pb2.Control, field: str, model: ServedModel) -> cont
     chosen = control_pb2.Control()
     chosen.CopyFrom(asked)
     chosen.scale = asked.scale if asked.HasField("scale") else 1.0
-    if not (math.isfinite(chosen.scale) and 0 <= chosen.scale <= MAX_SCALE):
-        raise InvalidRequest(f"{field}.scale", asked.scale, f"0 to {MAX_SCALE:g}")
+    control.check_scale(chosen.scale, field)
     chosen.controlnet = control.pick(model.controlnets, asked.type, asked.controlnet, field)
     if not asked.preprocessed and asked.type not in control.TYPES:
         raise InvalidRequest(f"{field}.type", asked.type, f"one of {', '.join(control.TYPES)}, or `preprocessed`")
