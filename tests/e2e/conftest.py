@@ -16,7 +16,6 @@ from sdxs.client import Client
 from sdxs.embedded import free_port
 
 START_S = 240  # seven processes that import torch or Ray; a machine at work elsewhere may need minutes
-PATIENT = {"SDXS_PATIENCE_S": "150", "SDXS_DEFAULT_DEADLINE_S": "160"}  # for replicas that start again on such a machine
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Served:
     process: "subprocess.Popen[bytes]"
     log: Path
     seconds: float
+    bundle: Path
 
     def replicas(self, deployment: str) -> set[int]:
         """Process ids of a deployment's replicas on this server's Ray, by the titles Ray gives its workers."""
@@ -77,9 +77,7 @@ def served(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     """With ControlNets in a replica of their own."""
-    with serving(
-        control_bundle, tmp_path_factory.mktemp("serve") / "log", {**redis_variables, **s3_variables, **PATIENT}
-    ) as server:
+    with serving(control_bundle, tmp_path_factory.mktemp("serve") / "log", {**redis_variables, **s3_variables}) as server:
         yield server
 
 
@@ -94,7 +92,7 @@ def serving(bundle: Path, log: Path, variables: dict[str, str], *options: str) -
         process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=output, stderr=output)
     try:
         _wait_serving(process, address, log)
-        yield Served(address, process, log, time.monotonic() - began)
+        yield Served(address, process, log, time.monotonic() - began, bundle)
         _stop(process, log)
     finally:
         process.kill()

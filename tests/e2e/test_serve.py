@@ -168,7 +168,7 @@ class Traffic:
             while not self.stopping.is_set():
                 began = time.monotonic()
                 try:
-                    self.ask.of(client, seed=1, timeout=160)
+                    self.ask.of(client, seed=1, timeout=120)
                 except Exception as error:
                     self.errors.append(error)
                 self.seconds.append(time.monotonic() - began)
@@ -229,19 +229,19 @@ def test_callers_with_little_time_are_told_while_a_replica_is_away(served: Serve
 
 @pytest.mark.slow
 def test_fused_controlnets_have_no_replica_of_their_own(
-    control_bundle: Path, pipeline: OneStepPipeline, redis_variables: dict[str, str], tmp_path: Path
+    served: Served, client: Client, pipeline: OneStepPipeline, redis_variables: dict[str, str], tmp_path: Path
 ) -> None:
     with (
-        serving(control_bundle, tmp_path / "log", redis_variables, "--fused-controlnet") as fused,
-        Client(fused.address) as client,
+        serving(served.bundle, tmp_path / "log", redis_variables, "--fused-controlnet") as fused,
+        Client(fused.address) as other,
     ):
         assert [len(fused.replicas(name)) for name in ("unet", "controlnet")] == [1, 0]
         for ask in ASKS:
-            assert ask.of(client).images[0].data == ask.here(pipeline).tobytes()
+            assert ask.of(other).images[0].data == ask.of(client).images[0].data == ask.here(pipeline).tobytes()
         assert not mapped(*fused.replicas("unet"))
 
 
-START_AGAIN_S = 150  # 10 on an idle machine: the new process imports torch
+START_AGAIN_S = 90  # seconds on an idle machine: the new process imports torch
 
 
 def _wait(condition: Any, seconds: float) -> float:
