@@ -17,8 +17,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +34,21 @@ from trainer.evaluation.control import ControlComparison, Way
 from trainer.evaluation.generators import served
 from trainer.evaluation.scoring import Comparison, embedded_judge
 from trainer.loop import Stage
-from trainer.pairs import Pairs
-from trainer.plan import offline_spec
+from trainer.plan import Step, offline_spec
 from trainer.recipe import ControlRecipe
 from trainer.session import ray_session
 from trainer.sources import hush
 from trainer.stages import STAGES
 from trainer.stages.context import StageContext
 from trainer.teacher import InProcessTeacher, Teacher
-from trainer.triplets import SampleImages
+from trainer.triplets import learnt_from
 
 RESULTS = Path(__file__).parent / "results" / "control.jsonl"
 TABLE = Path(__file__).parent.parent / "docs" / "control.md"
 BUDGET = {"scenes": (150.0, 75.0), "emoji": (200.0, 70.0)}
 TRIAL = 8  # steps that tell how long one takes, after one that is not counted
 ROWS = ["every timestep only", "warm-up", "longer warm-up", "warm-up + SDI"]
+SPLITS = {"heldout": "held-out captions", "heldout-bent": "the same with control images bent"}
 START, END = "<!-- table -->", "<!-- end of table -->"
 
 
@@ -67,10 +66,12 @@ class Control:
         loaded = recipes.load(f"{self.world}-control")
         assert isinstance(loaded, ControlRecipe)
         self.recipe, settings = loaded, Settings()
-        digests, artifacts = _shared(loaded, settings), open_artifacts(settings)
-        fetched = {name: artifacts.fetch(name, digest) for name, digest in digests.items()}
-        self.pairs = reduce(add, (Pairs.load(fetched[name]) for name in ("pairs", "compositions") if name in fetched))
-        self.images, self.shrunk = SampleImages.load(fetched["images"]), fetched["control_shrink"]
+        shared, artifacts = _shared(loaded, settings), open_artifacts(settings)
+        fetched = {name: artifacts.fetch(name, step.digest) for name, step in shared.items()}
+        self.shrunk = fetched["control_shrink"]
+        pairs, self.images = learnt_from({name: fetched[name] for name in shared["control_shrink"].reads})
+        assert pairs is not None
+        self.pairs = pairs
         self.base, self.manifest = registry.open_model(loaded.base, settings)
         self.teacher, self.judge = Teacher.load(offline_spec(loaded)), embedded_judge(self.world)
         self.paces: dict[str, float] = {}
@@ -136,15 +137,15 @@ class Control:
         return found
 
 
-def _shared(recipe: ControlRecipe, settings: Settings) -> dict[str, str]:
-    """Digests of what all rows share, made now where the store does not have it."""
+def _shared(recipe: ControlRecipe, settings: Settings) -> dict[str, Step]:
+    """The steps that all rows share, made now where the store does not have their results."""
     alone = recipe.model_copy(update={"warmup": None, "diff_instruct": None})
     distillation = Distillation(alone, settings, Cluster(teachers=1), lambda *_: None)
     plan = distillation.plan()
     if any(distillation.artifacts.facts(step.name, step.digest) is None for step in plan):
         with ray_session(), tempfile.TemporaryDirectory() as scratch:
             distillation.run(Path(scratch) / "bundle")
-    return {step.name: step.digest for step in plan}
+    return {step.name: step for step in plan}
 
 
 def run(control: Control, seeds: int) -> None:
@@ -166,22 +167,21 @@ def read() -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Held-out captions: mean and spread (largest less smallest, halved) over seeds, a table for each world."""
+    """Held-out captions: mean and spread (largest less smallest, halved) over seeds, a table for each world and split."""
     parts = []
-    for world, (first, second) in BUDGET.items():
+    for (world, (first, second)), (split, words) in product(BUDGET.items(), SPLITS.items()):
         groups = defaultdict(list)
         for line in lines:
             if line["world"] == world:
                 groups[line["row"]].append(line)
-        if not groups:
+        some = next(iter(groups.values()), [{}])[0]
+        conditions = [kind for kind in ("edge", "sketch", "colour") if f"{split}_{kind}_frechet" in some]
+        if not conditions:
             continue
-        conditions = [
-            kind for kind in ("edge", "sketch", "colour") if f"heldout_{kind}_frechet" in next(iter(groups.values()))[0]
-        ]
         head = ["row", "seeds", "steps", *(f"{kind}: {word}" for kind in conditions for word in _words(kind))]
         rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        rows += [_table_row(name, groups[name], conditions) for name in ROWS if name in groups]
-        parts.append(f"**{world}**, held-out captions, {first:.0f} + {second:.0f} CPU seconds:\n\n" + "\n".join(rows))
+        rows += [_table_row(name, groups[name], split, conditions) for name in ROWS if name in groups]
+        parts.append(f"**{world}**, {words}, {first:.0f} + {second:.0f} CPU seconds:\n\n" + "\n".join(rows))
     return "\n\n".join(parts)
 
 
@@ -189,13 +189,13 @@ def _words(kind: str) -> tuple[str, str, str]:
     return ("colour error" if kind == "colour" else "edge F1", "retrieval", "Frechet")
 
 
-def _table_row(name: str, group: list[dict[str, Any]], conditions: list[str]) -> str:
+def _table_row(name: str, group: list[dict[str, Any]], split: str, conditions: list[str]) -> str:
     cells = []
     for kind in conditions:
         faithful = ("colour_error", 1, 1) if kind == "colour" else ("edge_f1", 1, 3)
-        retrieval = "top5" if f"heldout_{kind}_top5" in group[0] else "top1"
+        retrieval = "top5" if f"{split}_{kind}_top5" in group[0] else "top1"
         for measure, scale, digits in (faithful, (retrieval, 100, 1), ("frechet", 1, 2)):
-            values = [line[f"heldout_{kind}_{measure}"] for line in group]
+            values = [line[f"{split}_{kind}_{measure}"] for line in group]
             spread = (max(values) - min(values)) / 2 * scale
             cells.append(f"{statistics.mean(values) * scale:.{digits}f} ± {spread:.{digits}f}")
     return f"| {name} | {len(group)} | {group[0].get('steps', '')} | " + " | ".join(cells) + " |"

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial, reduce
-from operator import add
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ from trainer.cluster import Cluster, StageJob
 from trainer.data.source import Captions
 from trainer.launch import run_stage
 from trainer.pairs import Pairs, PairsOrder, draw_shards, recombine
-from trainer.plan import REVISION, Step, dated, source_digest, steps
+from trainer.plan import IMAGES, REVISION, Step, dated, source_digest, steps
 from trainer.pool.client import Limits, Share, TeacherPool
 from trainer.prompts import open_source
 from trainer.real_images import encode_images, listing_digest
 from trainer.recipe import ControlNetRecipe, ControlRecipe, RunRecipe, StyleRecipe, digest
 from trainer.sections import (
+    ControlledSection,
     ControlNetSection,
     ImagesSection,
     Optimisation,
@@ -45,7 +45,7 @@ from trainer.sources import latent_shape, teacher_folder
 from trainer.specs import TeacherSpec
 from trainer.teacher import TeacherClient
 from trainer.tracking.board import Board
-from trainer.triplets import draw_images
+from trainer.triplets import BentMaps, SampleImages, draw_images, learnt_from
 
 READ = ("unet/", "vae/")
 """What of a base bundle a ControlNet is trained on; ControlNets that it has already do not matter."""
@@ -113,9 +113,9 @@ class Distillation:
         if isinstance(recipe, StyleRecipe):
             return {"base": self._base.digest}
         found: dict[str, Any] = {"student": digest(recipe.student)}
-        if isinstance(recipe, ControlRecipe) and "images" in step.reads:
+        if isinstance(recipe, ControlRecipe) and not set(step.reads).isdisjoint(IMAGES):
             found["conditions"] = recipe.conditions
-            if step.name != "control_shrink":
+            if step.name in ("control_warmup", "control_diff_instruct"):
                 found["base"] = digest(
                     {name: entry.sha256 for name, entry in self._base.files.items() if name.startswith(READ)}
                 )
@@ -221,7 +221,7 @@ class Distillation:
         """What the teacher is asked for, into the store: samples, or the images of those that the step reads."""
         result = (step.name, step.digest)
         if isinstance(step.section, SampleImagesSection):
-            pairs = reduce(add, (Pairs.load(self.artifacts.fetch(name, self.result.digests[name])) for name in step.reads))
+            pairs, _ = self._read(step)
             told = partial(self._told, step.name, len(pairs.captions))
             draw_images(client, pairs, step.section.format, self.artifacts, result, told)
         else:
@@ -234,11 +234,23 @@ class Distillation:
     def order(self, step: Step) -> PairsOrder:
         """The prompts of a drawn step with their noises."""
         assert isinstance(step.section, PairsSection)
-        seed = self.recipe.seed + {"pairs": 1, "compositions": 2, "samples": 3}[step.name]
+        seed = self.recipe.seed + {"pairs": 1, "compositions": 2, "samples": 3, "controlled": 4}[step.name]
+        if isinstance(step.section, ControlledSection):
+            assert isinstance(self.recipe, ControlRecipe)
+            pairs, images = self._read(step)
+            assert images is not None
+            maps = BentMaps(images, self.recipe.conditions, step.section.warp)
+            return PairsOrder.of(pairs.captions, step.section, latent_shape(self.folder), seed, maps)
         captions: Sequence[str] = Captions(self.prompts, "train")
         if step.name == "compositions":
             captions = recombine(list(captions), set(Captions(self.prompts, "heldout")), step.section.count, seed)
         return PairsOrder.of(captions, step.section, latent_shape(self.folder), seed)
+
+    def _read(self, step: Step) -> tuple[Pairs, SampleImages | None]:
+        """The pairs that a step reads, and their images if it reads those too."""
+        pairs, images = learnt_from({name: self.artifacts.fetch(name, self.result.digests[name]) for name in step.reads})
+        assert pairs is not None
+        return pairs, images
 
     def _train(self, step: Step) -> None:
         if isinstance(step.section, (ShrinkSection, ControlNetSection)) and step.section.images is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,29 +109,47 @@ def recombine(captions: list[str], avoid: set[str], count: int, seed: int) -> li
 
 @dataclass(frozen=True)
 class PairsOrder:
-    """What to sample: row i is `captions[i]` from the noise of `seeds[i]`. Goes round the captions in shuffled orders."""
+    """What to sample: row i is `captions[i]`, which is number `chosen[i]` of those there are, from the noise of `seeds[i]`. Goes round the
+    captions in shuffled orders."""
 
     captions: list[str]
+    chosen: list[int]
     seeds: list[int]
     section: PairsSection
     shape: tuple[int, int, int]  # of a latent
+    control: Callable[[int, int], np.ndarray] | None = None  # of a caption's number and a row's seed: a map, uint8 (H, W, 3)
 
     @classmethod
-    def of(cls, captions: Sequence[str], section: PairsSection, shape: tuple[int, int, int], seed: int) -> PairsOrder:
-        rows = Order(len(captions), seed).take(0, section.count)
-        chosen = captions.take(rows) if isinstance(captions, Captions) else [captions[i] for i in rows]
-        return cls(chosen, [(seed << 32) + i for i in range(section.count)], section, shape)
+    def of(
+        cls,
+        captions: Sequence[str],
+        section: PairsSection,
+        shape: tuple[int, int, int],
+        seed: int,
+        control: Callable[[int, int], np.ndarray] | None = None,
+    ) -> PairsOrder:
+        chosen = [int(number) for number in Order(len(captions), seed).take(0, section.count)]
+        words = captions.take(chosen) if isinstance(captions, Captions) else [captions[i] for i in chosen]
+        return cls(words, chosen, [(seed << 32) + i for i in range(section.count)], section, shape, control)
+
+    def part(self, start: int, count: int) -> PairsOrder:
+        """Some rows of it."""
+        rows = slice(start, start + count)
+        return replace(self, captions=self.captions[rows], chosen=self.chosen[rows], seeds=self.seeds[rows])
 
     def shards(self) -> list[PairsOrder]:
         """Parts of `SHARD` rows, which are sampled and saved one after the other."""
-        starts = range(0, len(self.captions), SHARD)
-        return [replace(self, captions=self.captions[i : i + SHARD], seeds=self.seeds[i : i + SHARD]) for i in starts]
+        return [self.part(start, SHARD) for start in range(0, len(self.captions), SHARD)]
 
-    def request(self, start: int) -> Sample:
-        """For the rows from `start` on, as many as go together."""
-        rows, section = slice(start, start + BATCH), self.section
-        noise = np.stack([latent_noise(seed, self.shape) for seed in self.seeds[rows]])
-        return Sample(noise, self.captions[rows], section.steps, section.guidance, section.solver)
+    def requests(self) -> Iterator[Sample]:
+        """For all rows, as many in one as go together."""
+        return (self.part(start, BATCH)._request() for start in range(0, len(self.captions), BATCH))
+
+    def _request(self) -> Sample:
+        section, control = self.section, self.control
+        noise = np.stack([latent_noise(seed, self.shape) for seed in self.seeds])
+        maps = None if control is None else np.stack([control(*row) for row in zip(self.chosen, self.seeds, strict=True)])
+        return Sample(noise, self.captions, section.steps, section.guidance, section.solver, maps)
 
 
 def in_flight(teacher: TeacherClient) -> int:
@@ -153,8 +171,8 @@ def draw_pairs(teacher: TeacherClient, order: PairsOrder, progress: Callable[[in
         latents.append(torch.from_numpy(waiting.popleft().result()[0].copy()))
         progress(sum(len(part) for part in latents))
 
-    for start in range(0, len(order.captions), BATCH):
-        waiting.append(teacher.submit(order.request(start)))
+    for request in order.requests():
+        waiting.append(teacher.submit(request))
         if len(waiting) >= most:
             collect()
     while waiting:

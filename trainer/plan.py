@@ -15,8 +15,10 @@ from trainer.sources import controlnet_folder, teacher_digest, teacher_folder
 from trainer.specs import TeacherSpec
 
 REVISION = 3  # raised when a stage's code changes what it computes, so that old results are not taken for new ones
-DRAWN = ("samples", "pairs", "compositions")
+DRAWN = ("samples", "pairs", "compositions", "controlled")
 """Steps that are pairs."""
+IMAGES = ("images", "controlled_images")
+"""Steps that are the images of pairs."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,18 @@ def _control_steps(recipe: ControlRecipe) -> list[Step]:
     samples = tuple(drawn)
     found = [Step(name, section, (), _drawing(recipe, section)) for name, section in drawn.items()]
     found += [Step("images", recipe.images, samples, teacher), Step("unet", recipe.unet, samples, teacher)]
-    found.append(Step("control_shrink", recipe.shrink, (*samples, "images", "unet"), offline_spec(recipe)))
+    triplets = (*samples, "images")
+    if recipe.controlled is not None:
+        found.append(Step("controlled", recipe.controlled, triplets, offline_spec(recipe)))
+        found.append(Step("controlled_images", recipe.images, ("controlled",), teacher))
+        triplets = ("controlled", "controlled_images")
+    found.append(Step("control_shrink", recipe.shrink, (*triplets, "unet"), offline_spec(recipe)))
     chain = "control_shrink"
     if recipe.warmup is not None:
-        found.append(Step("control_warmup", recipe.warmup, (*samples, "images", chain), None))
+        found.append(Step("control_warmup", recipe.warmup, (*triplets, chain), None))
         chain = "control_warmup"
     if recipe.diff_instruct is not None:
-        found.append(Step("control_diff_instruct", recipe.diff_instruct, (*samples, "images", chain), offline_spec(recipe)))
+        found.append(Step("control_diff_instruct", recipe.diff_instruct, (*triplets, chain), offline_spec(recipe)))
     return found
 
 

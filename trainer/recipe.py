@@ -17,6 +17,7 @@ from trainer import documents
 from trainer.sections import (
     AutoencoderSection,
     ComputeSection,
+    ControlledSection,
     ControlNetSection,
     ControlShrinkSection,
     DataSection,
@@ -164,7 +165,8 @@ class ControlNetRecipe(Section):
 class ControlRecipe(Section):
     """Distils a teacher's ControlNet (`controlnet`) into one for a one-step bundle (`base`), which then carries it as `control_name`.
 
-    `unet` is the shrunk student as it was before it learnt one step: on it the small ControlNet first learns at every timestep.
+    `unet` is the shrunk student as it was before it learnt one step: on it the small ControlNet first learns at every timestep. Where a
+    caption has many images, maps of the plain samples teach it to look at them; where it has one, `controlled` samples are needed.
     """
 
     kind: Literal["control"]
@@ -182,6 +184,7 @@ class ControlRecipe(Section):
     pairs: PairsSection
     compositions: PairsSection | None = None
     images: SampleImagesSection = SampleImagesSection()
+    controlled: ControlledSection | None = None
     unet: ShrinkSection
     shrink: ControlShrinkSection
     warmup: WarmupSection | None = None

@@ -140,6 +140,19 @@ class PairsSection(Section):
         return self
 
 
+class ControlledSection(PairsSection):
+    """Samples of the teacher with its ControlNet, under maps of its plain samples that are bent by up to `warp` (`trainer.warps`); a small
+    ControlNet then learns from these alone."""
+
+    warp: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _own(self) -> Self:
+        if self.teacher is not None:
+            raise ValueError(f"teacher {self.teacher}: the ControlNet's own teacher draws these; remove it")
+        return self
+
+
 class DecoderSection(Optimisation):
     """Eq. 5. `pixel_weight` adds a full-resolution L1, `encoder_weight` trains the tiny encoder that image-to-image needs."""
 
@@ -306,7 +319,11 @@ class StyleSection(DiffInstructSection):
 
 
 class EvaluationSection(Section):
-    """How many images of each split; the teacher's steps and guidance; of how many prompts, and images under one, diversity is taken."""
+    """How many images of each split; the teacher's steps and guidance; of how many prompts, and images under one, diversity is taken.
+
+    `warp`: control images are scored a second time, on images bent so much (`trainer.warps`): where a caption has one picture, only those
+    say what the caption does not.
+    """
 
     train_images: int = Field(gt=0)
     heldout_images: int = Field(gt=0)
@@ -314,3 +331,4 @@ class EvaluationSection(Section):
     teacher_guidance: float = 3.0
     diversity_prompts: int = Field(default=8, ge=0)
     diversity_images: int = Field(default=4, ge=2)
+    warp: float = Field(default=0.0, ge=0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import cv2
@@ -15,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.artifacts import Artifacts
+from trainer.conditions import condition_map
 from trainer.pairs import BATCH, SHARD, Pairs, in_flight
+from trainer.plan import DRAWN, IMAGES
 from trainer.teacher import Decode, Pending, TeacherClient, compact
+from trainer.warps import warped
 
 QUALITY = {"png": [cv2.IMWRITE_PNG_COMPRESSION, 3], "jpeg": [cv2.IMWRITE_JPEG_QUALITY, 95]}
 
@@ -53,6 +59,34 @@ class SampleImages:
         found = cv2.imdecode(data[start:end].numpy(), cv2.IMREAD_COLOR_RGB)
         assert found is not None
         return found
+
+
+@dataclass(frozen=True)
+class BentMaps:
+    """Control images to draw under: of a sample's image, bent, so that they say what its caption does not. By caption number and seed.
+
+    Args:
+        images: of the samples, in the order of their captions.
+        warp: strength at most, see `trainer.warps`; each image's is drawn evenly from 0 on.
+    """
+
+    images: SampleImages
+    conditions: Sequence[str]
+    warp: float
+
+    def __call__(self, number: int, seed: int) -> np.ndarray:
+        """A map, uint8 (H, W, 3), of one of the conditions."""
+        rng = np.random.default_rng(seed)
+        [image] = self.images.take(torch.tensor([number]))
+        bent = warped(image, rng, rng.uniform(0, self.warp))
+        return condition_map(bent, self.conditions[int(rng.integers(len(self.conditions)))], rng)
+
+
+def learnt_from(inputs: Mapping[str, Path]) -> tuple[Pairs | None, SampleImages | None]:
+    """Of a stage's inputs, folders by the steps that made them, the pairs, and their images where it has any."""
+    pairs = [Pairs.load(inputs[name]) for name in DRAWN if name in inputs]
+    images = [SampleImages.load(inputs[name]) for name in IMAGES if name in inputs]
+    return reduce(add, pairs) if pairs else None, images[0] if images else None
 
 
 def pixels(image_BCHW: np.ndarray) -> np.ndarray:

@@ -8,8 +8,6 @@ import os
 import socket
 import tempfile
 import time
-from functools import reduce
-from operator import add
 from pathlib import Path
 
 import ray
@@ -30,7 +28,6 @@ from trainer.data.source import Captions
 from trainer.disk import full_disk
 from trainer.pairs import Pairs
 from trainer.placement import Placement, world_size
-from trainer.plan import DRAWN
 from trainer.prompts import fetch_source
 from trainer.real_images import encoded_images
 from trainer.recipe import ControlNetRecipe, ControlRecipe, RunRecipe, StyleRecipe, TeacherRecipe, parse
@@ -40,7 +37,7 @@ from trainer.stages import STAGES
 from trainer.stages.context import StageContext
 from trainer.teacher import InProcessTeacher, NobodyToAsk, Teacher, TeacherClient
 from trainer.tracking.observer import Observer, Timed
-from trainer.triplets import SampleImages
+from trainer.triplets import learnt_from
 
 
 def work(job: StageJob) -> None:
@@ -103,22 +100,23 @@ def build_stage(job: StageJob, artifacts: Artifacts, device: torch.device) -> lo
     assert not isinstance(recipe, TeacherRecipe)
     inputs = {name: artifacts.fetch(name, digest) for name, digest in job.inputs.items()}
     folder = teacher_folder(recipe.teacher)
-    drawn = [Pairs.load(inputs[name]) for name in DRAWN if name in inputs]
+    pairs, images = learnt_from(inputs)
     if isinstance(recipe, (StyleRecipe, ControlRecipe)):
         inputs["base"], _ = registry.open_model(recipe.base, Settings())
     if isinstance(recipe, ControlRecipe) and read_config(inputs["base"], "vae/config.json")["_class_name"] == "AutoencoderTiny":
         inputs["decoder"] = inputs["base"]
     if isinstance(recipe, (StyleRecipe, ControlNetRecipe)):
-        drawn = drawn or [_prompts_alone(recipe, folder, job.prompts)]
+        pairs = pairs or _prompts_alone(recipe, folder, job.prompts)
+    assert pairs is not None
     context = StageContext(
         recipe=recipe,
         teacher_folder=folder,
         teacher=Timed(job.client or _own_teacher(job.teacher, device)),
-        pairs=reduce(add, drawn),
+        pairs=pairs,
         inputs=inputs,
         placement=Placement.of(recipe.compute, device),
         images=_real_images(recipe, job.stage),
-        sample_images=SampleImages.load(inputs["images"]) if "images" in inputs else None,
+        sample_images=images,
     )
     return STAGES[job.stage](context)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +28,7 @@ from trainer.recipe import ControlNetRecipe, ControlRecipe
 from trainer.sections import PairsSection
 from trainer.stages import STAGES
 from trainer.stages.context import StageContext
-from trainer.teacher import Decode, InProcessTeacher, Teacher, compact
+from trainer.teacher import Decode, InProcessTeacher, Sample, Teacher, compact
 from trainer.triplets import SampleImages, draw_images
 
 PIXELS = 128
@@ -135,6 +136,21 @@ def test_flops_and_bytes_are_those_of_the_stage_itself(
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
     sent, received = (sum(sizes) for sizes in zip(*client.sizes, strict=True)) if client.sizes else (0, 0)
     assert (STEPS * BATCH * cost.sent, STEPS * BATCH * cost.received) == (sent, received)
+
+
+def test_controlled_samples_cost_unet_and_controlnet_in_both_guided_halves_of_every_step(world: World) -> None:
+    made = world.recipe(controlled={"count": 4, "steps": 2, "guidance": 2.0})
+    found = {cost.name: cost for cost in costs(made, Cluster(), world.networks(made))}
+    noise, maps = np.zeros((4, 4, 16, 16), np.float32), np.zeros((4, PIXELS, PIXELS, 3), np.uint8)
+    asked = Sample(noise, CAPTIONS[:1] * 4, 2, 2.0, "ddim", maps)
+    world.teacher.text.encode([*CAPTIONS, ""])
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        [reply] = world.teacher.answer(asked)
+    drawn, free = found["controlled"], found["pairs"]
+    assert drawn.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert (4 * drawn.sent, 4 * drawn.received) == (noise.nbytes + maps.nbytes, reply.nbytes)
+    assert drawn.memory.teacher - free.memory.teacher == 4 * world.networks(made).controlnet.parameters
+    assert (found["images"].batch, found["controlled_images"].batch) == (8, 4)
 
 
 def test_images_cost_the_teachers_decoder_once_a_pair(world: World) -> None:

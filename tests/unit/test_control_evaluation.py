@@ -25,7 +25,6 @@ from trainer.evaluation.card import read_rows
 from trainer.evaluation.control import (
     Way,
     compare_controls,
-    control_sheet,
     maps_of,
     shares,
 )
@@ -140,6 +139,39 @@ def test_everybody_is_measured_against_the_same_maps(made: Path, settings: Setti
     assert found["edge", "real"].frechet == pytest.approx(0, abs=1e-3) and found["edge", "real"].top1 == 1.0
 
 
+def test_bent_images_are_a_split_of_their_own(made: Path, settings: Settings) -> None:
+    """Of held-out captions; who keeps to the map scores there, who draws the usual picture does not."""
+    recipe = opened(made)
+    bent = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"warp": 1.0})})
+    comparison = compare_controls(made, bundle.read(made), "union", bent, settings)
+
+    def usual(captions: list[str], seeds: list[int], map_NHWC: Images | None = None, /) -> Images:
+        return WORLD.reference_images(captions)
+
+    def shown(captions: list[str], seeds: list[int], map_NHWC: Images | None = None, /) -> Images:
+        assert map_NHWC is not None
+        return map_NHWC
+
+    ways = {"teacher+control": Way(shown, True), "final": Way(usual, False)}
+    rows = replace(comparison, ways=ways).scores(lambda _: None)
+    found = {(row.split, row.condition, row.row): row for row in rows}
+    assert list(dict.fromkeys(row.split for row in rows)) == ["train", "heldout", "heldout-bent"]
+    names = [row.row for row in rows if (row.split, row.condition) == ("heldout-bent", "edge")]
+    assert names == ["bent images", "teacher+control", "final"]
+    best = found["heldout-bent", "edge", "bent images"]
+    assert (best.scores, best.frechet) == ({"edge_f1": 1.0}, pytest.approx(0, abs=1e-3))
+    assert found["heldout", "edge", "final"].scores["edge_f1"] == 1.0
+    assert found["heldout-bent", "edge", "final"].scores["edge_f1"] < 0.8
+    assert found["heldout-bent", "colour", "final"].scores["colour_error"] > 3
+    assert found["heldout-bent", "colour", "teacher+control"].scores["colour_error"] < 0.5
+    captions = choose_captions(WORLD, "heldout", 5)
+    again = replace(comparison, ways=ways).scores(lambda _: None)
+    assert again == rows and len(captions) == best.images
+    [untimed] = replace(comparison, ways=ways).timed([best])
+    assert untimed == best and untimed.latency_ms is None
+    assert comparison.sheet(3, seeds=(0,)).height > 3 * 64
+
+
 def test_images_are_those_of_the_maps(made: Path, settings: Settings) -> None:
     """The last row made again by hand: one image at a time, each map from its real image."""
     comparison = compare_controls(made, bundle.read(made), "union", opened(made), settings)
@@ -224,7 +256,7 @@ def test_the_command(made: Path, settings: Settings, tmp_path: Path) -> None:
 
 def test_a_sheet_has_control_images_and_results(made: Path, settings: Settings) -> None:
     comparison = compare_controls(made, bundle.read(made), "union", opened(made), settings)
-    picture = control_sheet(comparison, 3, seeds=(0, 1))
+    picture = comparison.sheet(3, seeds=(0, 1))
     assert picture.width > picture.height > 3 * 64  # image, map, two of the teacher, two of the student, one without
 
 

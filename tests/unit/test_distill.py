@@ -6,22 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdxs import bundle
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound
+from sdxs.noise import latent_noise
 from sdxs.settings import Settings
 from tests.controls import control_recipe, tiny_controlnet
 from tests.models import tiny_folder, tiny_recipe, tiny_teacher
 from trainer import distill as module
 from trainer.cluster import Cluster, StageJob
 from trainer.distill import Distillation
+from trainer.pairs import Pairs
 from trainer.plan import controlnet_digest
-from trainer.recipe import DistillRecipe, RunRecipe, parse
+from trainer.recipe import ControlRecipe, DistillRecipe, RunRecipe, parse
 from trainer.sources import teacher_folder
 from trainer.specs import TeacherSpec
-from trainer.teacher import InProcessTeacher, Teacher
+from trainer.stages.context import StageContext
+from trainer.teacher import Decode, InProcessTeacher, Sample, Teacher
+from trainer.triplets import BentMaps, SampleImages, pixels
+from trainer.worker import build_stage
 
 STAGES = ["decoder", "unet", "warmup", "diff_instruct"]
 
@@ -136,6 +143,82 @@ def test_a_change_of_a_control_recipe_reaches_what_reads_it(
 ) -> None:
     changed = {**control, section: {**control.get(section, {}), **change}}
     assert moved(plan(control, tmp_path), plan(changed, tmp_path)) == again
+
+
+CONTROLLED = {"controlled", "controlled_images"}
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"controlled": {"count": 6, "steps": 3, "warp": 0.5}}, {*CONTROLLED, *CONTROL}),
+        ({"conditions": ["edge"]}, {*CONTROLLED, *CONTROL}),
+        ({"images": {"format": "jpeg"}}, {"images", *CONTROLLED, *CONTROL}),
+        ({"unet": {"steps": 9, "batch": 4, "lr": 1e-3}}, {"unet", *CONTROL}),
+        ({"pairs": {"count": 17}}, {"pairs", "images", "unet", *CONTROLLED, *CONTROL}),
+    ],
+)
+def test_controlled_samples_are_made_again_with_what_they_are_drawn_from(
+    control: dict[str, Any], tmp_path: Path, change: dict[str, Any], again: set[str]
+) -> None:
+    before = {**control, "controlled": {"count": 6, "steps": 3}}
+    assert moved(plan(before, tmp_path), plan({**before, **change}, tmp_path)) == again
+    plain, more = plan(control, tmp_path), plan(before, tmp_path)
+    assert {name for name in plain if plain[name] == more[name]} == {"pairs", "images", "unet"}
+
+
+def test_another_teacher_cannot_draw_under_the_controlnet(control: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"controlled.*the ControlNet's own teacher draws these") as caught:
+        parse({**control, "controlled": {"count": 6, "teacher": "scenes-teacher"}})
+    assert caught.value.field.startswith("recipe.controlled")
+
+
+def test_controlled_samples_are_the_teachers_under_bent_maps_and_the_stages_learn_from_them_alone(
+    control: dict[str, Any], tmp_path: Path
+) -> None:
+    """Drawn without Ray; then a stage as a worker builds it."""
+    recipe = parse(
+        {
+            **control,
+            "pairs": {"count": 4, "steps": 2},
+            "conditions": ["edge"],
+            "controlled": {"count": 3, "steps": 3, "guidance": 2.0},
+        }
+    )
+    assert isinstance(recipe, ControlRecipe)
+    settings = Settings(store_url=f"file://{tmp_path}/store", cache_dir=tmp_path / "cache")
+    run = Distillation(recipe, settings, Cluster(teachers=0), lambda *_: None)
+    steps = {step.name: step for step in run.plan()}
+    for name in ("pairs", "images", "controlled", "controlled_images"):
+        spec = steps[name].teacher
+        assert spec is not None
+        run.draw(steps[name], InProcessTeacher(Teacher.load(spec)))
+    plain, drawn = (Pairs.load(run.artifacts.fetch(name, steps[name].digest)) for name in ("pairs", "controlled"))
+    images = SampleImages.load(run.artifacts.fetch("images", steps["images"].digest))
+    teacher = Teacher(Path(recipe.teacher))
+    teacher.attach(Path(recipe.controlnet))
+    followed = list[bool]()
+    for row, (caption, seed) in enumerate(zip(drawn.captions, drawn.seed_N.tolist(), strict=True)):
+        noise = latent_noise(seed, tuple(drawn.latent_NCHW.shape[1:]))[None]
+        maps = [BentMaps(images, ["edge"], 1.0)(n, seed) for n, other in enumerate(plain.captions) if other == caption]
+        asked = [Sample(noise, [caption], 3, 2.0, "ddim", one[None]) for one in maps] + [Sample(noise, [caption], 3, 2.0)]
+        *under, free = (np.abs(teacher.answer(one)[0] - drawn.latent_NCHW[[row]].numpy()).max() for one in asked)
+        followed.append(min(under) < 4e-3 < free)
+    assert followed == [True] * 3
+    job = StageJob(
+        stage="control_shrink", digest="", recipe=recipe.model_dump(mode="json"), prompts=run.prompts.digest, settings={},
+        inputs={n: steps[n].digest for n in ("controlled", "controlled_images")}, teacher=steps["control_shrink"].teacher,
+        client=None, board=None, cluster=run.cluster,
+    )  # fmt: skip
+    contexts = list[StageContext]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.worker.STAGES", {"control_shrink": contexts.append})
+        build_stage(job, run.artifacts, torch.device("cpu"))
+    [context] = contexts
+    assert context.pairs.captions == drawn.captions and context.sample_images is not None
+    shown = context.sample_images.take(torch.arange(3))
+    [decoded] = teacher.answer(Decode(drawn.latent_NCHW[:].numpy()))
+    np.testing.assert_array_equal(shown, pixels(decoded))
 
 
 def test_only_steps_that_see_control_images_depend_on_conditions_and_controlnet(

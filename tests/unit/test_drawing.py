@@ -151,7 +151,7 @@ def test_an_interrupted_drawing_asks_only_for_the_shards_that_are_missing(
     kept = answers // 4 * 4
     asked = [caption for request in second.asked for caption in request.captions]
     assert asked == wanted.captions[kept * module.BATCH :]
-    np.testing.assert_array_equal(second.asked[0].noise_BCHW, wanted.request(kept * module.BATCH).noise_BCHW)
+    np.testing.assert_array_equal(second.asked[0].noise_BCHW, list(wanted.requests())[kept].noise_BCHW)
     assert told == [done * module.BATCH for done in range(kept + 1, 15)]
     assert files(artifacts, "broken") == files(artifacts, "unbroken") and len(files(artifacts, "broken")) == 4
     assert artifacts.facts("pairs", "broken") == artifacts.facts("pairs", "unbroken")

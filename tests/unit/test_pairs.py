@@ -69,6 +69,19 @@ def test_captions_go_round_and_seeds_never_meet(teacher: Teacher) -> None:
     assert pairs.latent_NCHW.dtype == torch.float16
 
 
+def test_each_row_is_drawn_under_the_map_of_its_own_caption_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "SHARD", 8)
+    order = PairsOrder.of(CAPTIONS, SECTION, SHAPE, 3, lambda number, seed: np.array([number, seed - (3 << 32)]))
+    asked = [request for shard in order.shards() for request in shard.requests()]
+    assert [len(request.captions) for request in asked] == [4, 4, 3]
+    maps, captions = np.concatenate([r.control_BHWC for r in asked]), [c for r in asked for c in r.captions]
+    assert maps[:, 1].tolist() == list(range(11))
+    assert [CAPTIONS[number] for number in maps[:, 0]] == captions == order.captions
+    plain = PairsOrder.of(CAPTIONS, SECTION, SHAPE, 3)
+    assert plain.captions == captions and all(request.control_BHWC is None for request in plain.requests())
+
+
 def test_progress_counts_up_to_all(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH", 4)
     told: list[int] = []

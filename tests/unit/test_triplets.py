@@ -20,7 +20,7 @@ from trainer.placement import Deal
 from trainer.stages.context import StageContext
 from trainer.strokes import hand_drawn
 from trainer.teacher import Decode, InProcessTeacher, NobodyToAsk, Request, Teacher
-from trainer.triplets import SampleImages, draw_images, file_of, pixels
+from trainer.triplets import BentMaps, SampleImages, draw_images, file_of, pixels
 from trainer.worlds.base import get_world
 
 PICTURES, _ = get_world("scenes").training_images(6, np.random.default_rng(0))
@@ -134,6 +134,23 @@ def test_a_sketch_is_another_one_each_time_near_the_edges() -> None:
         assert len(lines)
         nearest = np.sqrt(((lines[:, None] - np.stack([rows, columns], 1)[None]) ** 2).sum(-1)).min(1)
         assert np.median(nearest) < 6  # a shaky hand: three pixels at 64
+
+
+def test_a_bent_map_follows_from_caption_and_seed_alone(world: ControlWorld) -> None:
+    bent = BentMaps(world.images, ("edge", "colour"), 1.0)
+    first = bent(5, 1 << 32)
+    assert (first.shape, first.dtype) == ((32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(first, BentMaps(world.images, ("edge", "colour"), 1.0)(5, 1 << 32))
+    for number, seed in ((5, 2 << 32), (6, 1 << 32)):
+        assert not np.array_equal(first, bent(number, seed))
+
+
+def test_bent_maps_are_of_every_condition_and_without_a_bend_of_the_sample_itself(world: ControlWorld) -> None:
+    straight = [BentMaps(world.images, ("edge", "colour"), 0.0)(5, seed) for seed in range(60)]
+    [image] = world.images.take(torch.tensor([5]))
+    views = [view for side in (image, image[:, ::-1]) for view in (control.extract(side, k, 32) for k in ("edge", "colour"))]
+    counts = [sum(np.array_equal(found, view) for found in straight) for view in views]
+    assert sum(counts) == 60 and min(counts) > 5  # a bend mirrors half of the images even then
 
 
 def test_nothing_is_sketched_of_an_empty_image() -> None:

@@ -42,8 +42,10 @@ from trainer.prompts import prompt_source
 from trainer.recipe import ControlRecipe
 from trainer.sources import hush
 from trainer.teacher import Teacher
+from trainer.warps import warped
 
 TEACHER, STUDENT = "teacher+control", "final+control"
+BENT = "bent images"  # a row: what can be reached
 MAP_REPEATS = 30  # maps timed; the median is told
 
 
@@ -69,10 +71,24 @@ class Way:
 
 def maps_of(image_NHWC: Images, captions: Sequence[str], kind: str) -> Images:
     """Control images of one kind. A caption's sketch is drawn with the same strokes every time."""
-    seeds = [zlib.crc32(caption.encode()) for caption in captions]
-    return np.stack(
-        [condition_map(image, kind, np.random.default_rng([SEED, s])) for image, s in zip(image_NHWC, seeds, strict=True)]
-    )
+    rngs = map(_rng, captions)
+    return np.stack([condition_map(image, kind, rng) for image, rng in zip(image_NHWC, rngs, strict=True)])
+
+
+def _rng(caption: str) -> np.random.Generator:
+    """The same for a caption whenever it is asked for."""
+    return np.random.default_rng([SEED, zlib.crc32(caption.encode())])
+
+
+class BentSplit(Split):
+    """Measured against images that are bent, each in one way, so that a control image says what its caption does not."""
+
+    def _reference(self) -> Images:
+        bent = [
+            warped(image, _rng(caption), self.of.evaluation.warp)
+            for image, caption in zip(super()._reference(), self.captions, strict=True)
+        ]
+        return np.stack(bent)
 
 
 def faithfulness(image_NHWC: Images, map_NHWC: Images, kind: str) -> dict[str, float]:
@@ -102,7 +118,27 @@ class ControlComparison:
             captions = choose_captions(self.comparison.source, split, count)
             if captions:
                 rows += self._of_split(Split(self.comparison, split, captions, progress))
+        if self.comparison.evaluation.warp:
+            rows += self._of_split(self._unseen(self.comparison.counts, progress))
         return rows
+
+    def _unseen(self, counts: dict[str, int], progress: Callable[[str], None]) -> Split:
+        """Captions that were held out, else others; their images bent, where the recipe bends them."""
+        split = "heldout" if self.comparison.source.captions("heldout") else "train"
+        captions = choose_captions(self.comparison.source, split, counts[split])
+        if self.comparison.evaluation.warp:
+            return BentSplit(self.comparison, f"{split}-bent", captions, progress)
+        return Split(self.comparison, split, captions, progress)
+
+    def sheet(self, count: int, seeds: Sequence[int] = (0, 1, 2)) -> Image.Image:
+        """The conditions in turn: control image, teacher and one step with it, one step without."""
+        split = self._unseen(dict.fromkeys(self.comparison.counts, count), lambda _: None)
+        captions, images = split.captions, split.reference
+        kinds = [self.conditions[i % len(self.conditions)] for i in range(len(captions))]
+        map_NHWC = np.concatenate([maps_of(images[i : i + 1], captions[i : i + 1], kind) for i, kind in enumerate(kinds)])
+        columns = {"real image" if self.comparison.judge else "sample": images, "control image": map_NHWC}
+        columns |= pictures(self.ways, captions, map_NHWC, seeds)
+        return contact_sheet(columns, [f"{caption} ({kind})" for caption, kind in zip(captions, kinds, strict=True)])
 
     def _of_split(self, split: Split) -> list[Row]:
         blank = np.zeros_like(split.reference)
@@ -112,16 +148,20 @@ class ControlComparison:
                 split.progress(f"{split.split} {name}")
                 images = way.images(split.captions, blank)
                 free[name] = images, _plain(split.row(name, images, {}))
+        names = list(self.ways)
+        if isinstance(split, BentSplit):
+            free[BENT] = split.reference, _plain(split.row(BENT, split.reference, {}))
+            names.insert(0, BENT)
         found = []
         for kind in self.conditions:
             map_NHWC = maps_of(split.reference, split.captions, kind)
-            for name, way in self.ways.items():
-                if way.controlled:
-                    split.progress(f"{split.split} {kind} {name}")
-                    images = way.images(split.captions, map_NHWC)
-                    row = _plain(split.row(name, images, {}))
-                else:
+            for name in names:
+                if name in free:
                     images, row = free[name]
+                else:
+                    split.progress(f"{split.split} {kind} {name}")
+                    images = self.ways[name].images(split.captions, map_NHWC)
+                    row = _plain(split.row(name, images, {}))
                 found.append(replace(row, condition=kind, scores={**row.scores, **faithfulness(images, map_NHWC, kind)}))
         return found
 
@@ -134,6 +174,9 @@ class ControlComparison:
         extraction = {kind: map_ms(image[0], kind) for kind in self.conditions}
         found = []
         for row in rows:
+            if row.row not in latencies:
+                found.append(row)
+                continue
             ms, scores = latencies[row.row], dict(row.scores)
             if self.ways[row.row].controlled and row.condition:
                 scores["ms_with_map"] = round(ms + extraction[row.condition], 2)
@@ -227,19 +270,6 @@ def shares(rows: list[Row]) -> list[str]:
         if words:
             found.append(f"{split}, {condition}: beside the teacher with its ControlNet, one step has {', '.join(words)}")
     return found
-
-
-def control_sheet(comparison: ControlComparison, count: int, seeds: Sequence[int] = (0, 1, 2)) -> Image.Image:
-    """Held-out captions (else others), the conditions in turn: control image, teacher and one step with it, one step without."""
-    source = comparison.comparison.source
-    split = "heldout" if source.captions("heldout") else "train"
-    captions = choose_captions(source, split, count)
-    reference = Split(comparison.comparison, split, captions, lambda _: None).reference
-    kinds = [comparison.conditions[i % len(comparison.conditions)] for i in range(count)]
-    map_NHWC = np.concatenate([maps_of(reference[i : i + 1], captions[i : i + 1], kind) for i, kind in enumerate(kinds)])
-    columns = {"real image" if comparison.comparison.judge else "sample": reference, "control image": map_NHWC}
-    columns |= pictures(comparison.ways, captions, map_NHWC, seeds)
-    return contact_sheet(columns, [f"{caption} ({kind})" for caption, kind in zip(captions, kinds, strict=True)])
 
 
 def pictures(ways: dict[str, Way], captions: list[str], map_NHWC: Images, seeds: Sequence[int]) -> dict[str, Images]:

@@ -14,7 +14,7 @@ from trainer import recipe as recipes
 from trainer.evaluation import protocol as protocols
 from trainer.evaluation.card import read_rows
 from trainer.evaluation.compare import compare_bundles, write_page
-from trainer.evaluation.control import ControlComparison, compare_controls, control_sheet, shares
+from trainer.evaluation.control import ControlComparison, compare_controls, shares
 from trainer.evaluation.metrics.networks import Networks
 from trainer.evaluation.protocol_run import default_folder, run_protocol
 from trainer.evaluation.report import WideTable, console_table
@@ -116,7 +116,7 @@ def _controls(request: Request, settings: Settings, console: Console) -> Report:
 def _save_sheet(controls: ControlComparison, output: Path, name: str, console: Console) -> None:
     path = output.with_name(f"{output.stem}-{name}{output.suffix}") if name else output
     path.parent.mkdir(parents=True, exist_ok=True)
-    control_sheet(controls, SHEET_ROWS).save(path)
+    controls.sheet(SHEET_ROWS).save(path)
     console.print(f"contact sheet: {path}")
 
 

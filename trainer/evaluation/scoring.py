@@ -145,7 +145,11 @@ class Split:
 
     @cached_property
     def reference(self) -> Images:
-        """What the images are measured against: real ones, or the teacher's from other noise."""
+        """What the images are measured against."""
+        return self._reference()
+
+    def _reference(self) -> Images:
+        """Real images, or the teacher's from other noise."""
         if self.of.judge:
             return self.of.judge.world.reference_images(self.captions)
         self.progress(f"{self.split} reference")
@@ -172,9 +176,9 @@ class Split:
         if not self.of.judge:
             return Row(None, self.split, name, None, None, None, None, len(images), scores=scores)
         judged, world = self.of.judge.score(images, self.captions), self.of.judge.world.name
-        scores.pop("frechet_judge", None)  # it has its own column
+        frechet = scores.pop("frechet_judge", judged.frechet)  # it has its own column
         top5 = None if judged.top5 is None else round(judged.top5, 4)
-        row = Row(world, self.split, name, round(judged.top1, 4), top5, round(judged.frechet, 4), None, len(images))
+        row = Row(world, self.split, name, round(judged.top1, 4), top5, round(frechet, 4), None, len(images))
         return replace(row, scores=scores)
 
     def _diversity(self, generate: Generate) -> dict[str, float]:

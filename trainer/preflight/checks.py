@@ -243,7 +243,7 @@ def _other_teachers(recipe: Recipe, teacher: TeacherShapes, fetch: bool) -> None
 
 def drawn_sections(recipe: Recipe) -> list[tuple[str, PairsSection]]:
     """Everything that is sampled from a teacher, by its field."""
-    found = [(name, getattr(recipe, name, None)) for name in ("pairs", "compositions")]
+    found = [(name, getattr(recipe, name, None)) for name in ("pairs", "compositions", "controlled")]
     straighten = recipe.straighten if isinstance(recipe, DistillRecipe) else None
     named = [*found, ("straighten.samples", straighten.samples if straighten else None)]
     return [(name, section) for name, section in named if section is not None]

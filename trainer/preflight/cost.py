@@ -39,8 +39,8 @@ WIRE = 2  # bytes of a number between worker and pool
 FILE = {"png": 1.0, "jpeg": 0.1}  # bytes of a pixel's colour in an image's file: at most, and about
 
 
-CONTROLLED = ("control_shrink", "control_diff_instruct")
-"""Stages that ask a teacher with its ControlNet."""
+CONTROLLED = ("controlled", "control_shrink", "control_diff_instruct")
+"""Steps that ask a teacher with its ControlNet."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,13 @@ class StageCosts:
         section = step.section
         if isinstance(section, PairsSection):
             return self._drawn(step.name, section)
+        if isinstance(section, SampleImagesSection):
+            return self._images(step, section)
         found: dict[str, Callable[[str, Any], StageCost]] = {
             "straighten": self._straighten, "decoder": self._decoder, "unet": self._unet, "warmup": self._warmup,
             "diff_instruct": self._diff_instruct, "style": self._diff_instruct, "finish": self._finish,
-            "images": self._images, "controlnet": self._controlnet, "control_shrink": self._control_shrink,
-            "control_warmup": self._warmup, "control_diff_instruct": self._diff_instruct,
+            "controlnet": self._controlnet, "control_shrink": self._control_shrink, "control_warmup": self._warmup,
+            "control_diff_instruct": self._diff_instruct,
         }  # fmt: skip
         return found[step.name](step.name, section)
 
@@ -116,18 +118,29 @@ class StageCosts:
         """Teacher samples: `steps` guided forwards each."""
         forwards = section.steps * (1 if self.networks.told_of_guidance(section) else rows(section.guidance))
         teacher = self.networks.drawing(section)
+        memory = Memory(teacher=self._teacher_bytes(teacher) + self._controlnet_bytes(name))
+        beside, map_bytes = self._beside(name)
         return StageCost(
-            name, steps=1, batch=section.count, micro=32, memory=Memory(teacher=self._teacher_bytes(teacher)),
-            teacher_flops=forwards * teacher.flops, teacher_forwards=forwards, sent=4 * self.latent, received=WIRE * self.latent,
+            name, steps=1, batch=section.count, micro=32, memory=memory, teacher_flops=forwards * (teacher.flops + beside.flops),
+            teacher_forwards=forwards, sent=4 * self.latent + map_bytes, received=WIRE * self.latent,
             stored=section.count * (WIRE * self.latent + 8),
         )  # fmt: skip
 
-    def _images(self, name: str, section: SampleImagesSection) -> StageCost:
-        """All pairs decoded by the teacher."""
+    def _beside(self, name: str) -> tuple[Trace, int]:
+        """The ControlNet of who is asked in a step, and the bytes of a map for it."""
+        return (self.networks.controlnet, self.networks.image_elements) if name in CONTROLLED else (NOTHING, 0)
+
+    def _controlnet_bytes(self, name: str) -> int:
+        """Of its weights."""
+        return TYPES[self.recipe.compute.teacher_precision] * self._beside(name)[0].parameters
+
+    def _images(self, step: Step, section: SampleImagesSection) -> StageCost:
+        """The pairs that a step reads, decoded by the teacher."""
         nets = self.networks
-        count = sum(step.section.count for step in steps(self.recipe) if isinstance(step.section, PairsSection))
+        read = [other.section for other in steps(self.recipe) if other.name in step.reads]
+        count = sum(pairs.count for pairs in read if isinstance(pairs, PairsSection))
         return StageCost(
-            name, steps=1, batch=count, micro=32, memory=Memory(teacher=self._teacher_bytes(nets.teacher)),
+            step.name, steps=1, batch=count, micro=32, memory=Memory(teacher=self._teacher_bytes(nets.teacher)),
             teacher_flops=nets.kl_decoder.flops, sent=WIRE * self.latent, received=WIRE * nets.image_elements,
             stored=int(count * FILE[section.format] * nets.image_elements),
         )  # fmt: skip
@@ -142,10 +155,10 @@ class StageCosts:
     def _control_shrink(self, name: str, section: Optimisation) -> StageCost:
         """As eqs. 6-8, teacher and student each with its ControlNet; only features of the up blocks come back."""
         nets, learning = self.networks, self._controlled(section)
-        memory = self._memory([learning], section, kept=learning.trace.saved)
+        memory, (beside, map_bytes) = self._memory([learning], section, kept=learning.trace.saved), self._beside(name)
         return self._stage(
-            name, section, memory, worker_flops=learning.step, teacher_flops=nets.teacher.flops + nets.controlnet.flops,
-            teacher_forwards=1, sent=WIRE * self.latent + nets.image_elements, received=WIRE * (self.latent + nets.up_features),
+            name, section, memory, worker_flops=learning.step, teacher_flops=nets.teacher.flops + beside.flops,
+            teacher_forwards=1, sent=WIRE * self.latent + map_bytes, received=WIRE * (self.latent + nets.up_features),
         )  # fmt: skip
 
     def _controlled(self, section: Optimisation) -> Learning:
@@ -220,10 +233,9 @@ class StageCosts:
         mine, theirs = self._generating(section), online(section, nets, self.recipe.compute.activation_checkpointing)
         requests = 0 if section.sid else 3 if section.decoupled else 1
         forwards = requests if section.decoupled or section.sid else rows(section.guidance)
-        beside = nets.controlnet if isinstance(self.recipe, ControlRecipe) else NOTHING
+        beside, map_bytes = self._beside(name)
         scores = Scores(section, nets, mine, theirs, beside, several)
         memory = self._memory([mine, theirs], section, frozen=scores.frozen, kept=scores.kept)
-        map_bytes = nets.image_elements if isinstance(self.recipe, ControlRecipe) else 0
         return self._stage(
             name, section, memory, worker_flops=scores.flops,
             teacher_flops=forwards * (nets.offline.flops + beside.flops), teacher_forwards=forwards,
@@ -270,6 +282,5 @@ class StageCosts:
         if self.cluster.teachers == 0 and numbers.get("teacher_flops"):
             nets = self.networks
             inside = self._teacher_bytes(nets.offline if name in ("diff_instruct", "style") else nets.teacher)
-            beside = TYPES[self.recipe.compute.teacher_precision] * nets.controlnet.parameters if name in CONTROLLED else 0
-            memory = replace(memory, teacher=inside + beside)
+            memory = replace(memory, teacher=inside + self._controlnet_bytes(name))
         return StageCost(name, section.steps, section.batch, self._deal(section).size, memory, **numbers)
