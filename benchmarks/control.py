@@ -127,9 +127,10 @@ class Control:
         return STAGES[name](StageContext(recipe, self.teacher.folder, asked, self.pairs, inputs, sample_images=self.images))
 
     def scores(self, folder: Path) -> dict[str, Any]:
-        """What the one-step bundle with the ControlNet in `folder` scores on both splits, under each condition."""
+        """What the one-step bundle with the ControlNet in `folder` scores on held-out captions, under each condition."""
         way = Way(served(self.base, self.manifest, "cpu", folder / "controlnet"), True)
-        comparison = Comparison(self.judge, self.teacher, {}, self.recipe.evaluation, ceiling=False)
+        heldout = self.recipe.evaluation.model_copy(update={"train_images": 0})
+        comparison = Comparison(self.judge, self.teacher, {}, heldout, ceiling=False)
         found: dict[str, Any] = {}
         for row in ControlComparison(comparison, {"one": way}, self.recipe.conditions).scores(lambda _: None):
             scores = {"top1": row.top1, "top5": row.top5, "frechet": row.frechet, **row.scores}
