@@ -13,6 +13,8 @@ from google.rpc import error_details_pb2, status_pb2
 from sdxs.errors import InvalidRequest, SdxsError
 
 DETAILS_KEY = "grpc-status-details-bin"
+PRIORITY_KEY, TENANT_KEY = "x-sdxs-priority", "x-sdxs-tenant"
+"""Metadata of a call: its class (high, normal, low), and for whom it is."""
 _MAX_TEXT = 1000  # of a message: metadata is limited to 8 KB
 
 # A peer that vanished without a word (power, network) is noticed within 15 seconds.

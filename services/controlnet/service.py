@@ -53,7 +53,7 @@ class ControlNetService:
         if not conditions:
             return await self._sender.send(request, None, deadline)
         images = [replace(image, conditions=conditions) for image in images]
-        computed = await self._batcher.submit(images, alone=request.deterministic)
+        computed = await self._batcher.submit(images, request.deterministic, deadline)
         rows = [done.result.residuals for done in computed if done.result.residuals is not None]
         response = await self._sender.send(request, Residuals.stack(rows, rows[0]), deadline)
         response.controlnet_batch = max(done.result.batch for done in computed)

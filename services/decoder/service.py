@@ -63,7 +63,7 @@ class DecoderService:
             raise InvalidRequest("latent.latent.shape", list(latent_BCHW.shape), f"1 to {MAX_IMAGES} latents")
         if not np.isfinite(latent_BCHW).all():
             raise InvalidRequest("latent.latent.data", "not a number or infinite", "finite numbers")
-        computed = await self._batcher.submit(list(latent_BCHW), alone=request.deterministic)
+        computed = await self._batcher.submit(list(latent_BCHW), request.deterministic, deadline)
         receipts = [*request.receipts, *[""] * len(computed)]
         files = await asyncio.gather(
             *(
@@ -85,7 +85,7 @@ class DecoderService:
         if self._encoder is None:
             raise PreconditionFailed("this model has no image encoder, so it makes no images from images")
         image_HWC = await asyncio.to_thread(_fitted, request.init_image, self._image_size)
-        [computed] = await self._encoding.submit([image_HWC])
+        [computed] = await self._encoding.submit([image_HWC], deadline=deadline)
         return decoder_pb2.EncodeImageResponse(latent=tensors.encode(computed.result), model_digest=self._model_digest)
 
     def _latent(self, images: Sequence[tensors.Array]) -> Sequence[tensors.Array]:

@@ -1,17 +1,19 @@
 """A greedy batcher: take all that waits whenever the device is free, wait for nobody.
 
 Knows items and one function over a list of them; does not know what they are. The function runs in a thread of its own,
-one batch at a time, so the event loop stays free and the device is never shared.
+one batch at a time, so the event loop stays free and the device is never shared. Work whose caller has left, or whose time has
+passed, is never begun.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from sdxs.errors import Overloaded
+from sdxs.errors import DeadlineExceeded, Overloaded
+from services.fabric.deadline import Deadline
+from services.fabric.fairness import Line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,30 +31,36 @@ class Batched(Generic[Result]):
 class _Waiting(Generic[Item, Result]):
     item: Item
     alone: bool
+    deadline: Deadline
     done: "asyncio.Future[Batched[Result]]"
 
 
 class GreedyBatcher(Generic[Item, Result]):
-    """Batches items in order of arrival; an item that asks to be alone gets a batch of its own."""
+    """Batches items by class, tenant and arrival (services.fabric.fairness); one that asks to be alone gets a batch of its own."""
 
     def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result]], max_batch: int, max_waiting: int) -> None:
         self._compute = compute
         self._max_batch = max_batch
         self._max_waiting = max_waiting
-        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._waiting: Line[_Waiting[Item, Result]] = Line()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._running: asyncio.Task[None] | None = None
 
-    async def submit(self, items: Sequence[Item], alone: bool = False) -> list[Batched[Result]]:
-        """Results in the order of the items. Raises Overloaded when they do not fit the queue, and what `compute` raises.
+    async def submit(
+        self, items: Sequence[Item], alone: bool = False, deadline: Deadline | None = None
+    ) -> list[Batched[Result]]:
+        """Results in the order of the items. Raises Overloaded when they do not fit the queue, DeadlineExceeded when the deadline passes
+        before they begin, and what `compute` raises.
 
         Cancelling the caller withdraws the items that have not begun.
         """
+        deadline = deadline or Deadline()
         if len(self._waiting) + len(items) > self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} items wait already, at most {self._max_waiting} may")
         loop = asyncio.get_running_loop()
-        mine = [_Waiting[Item, Result](item, alone, loop.create_future()) for item in items]
-        self._waiting.extend(mine)
+        mine = [_Waiting[Item, Result](item, alone, deadline, loop.create_future()) for item in items]
+        for waiting in mine:
+            self._waiting.push(waiting, deadline.priority, deadline.tenant)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._drain())
         return list(await asyncio.gather(*(waiting.done for waiting in mine)))
@@ -75,15 +83,16 @@ class GreedyBatcher(Generic[Item, Result]):
                         waiting.done.set_result(Batched(result, len(batch)))
 
     def _take(self) -> list[_Waiting[Item, Result]]:
-        """The next batch: first come, first served, without the withdrawn."""
+        """The next batch, without what nobody waits for any more."""
         batch: list[_Waiting[Item, Result]] = []
         while self._waiting and len(batch) < self._max_batch:
-            if self._waiting[0].done.done():
-                self._waiting.popleft()
+            following = self._waiting.peek()
+            if following.done.done() or following.deadline.passed:
+                self._fail([self._waiting.pop()], DeadlineExceeded("the deadline passed before the work began"))
                 continue
-            if batch and (batch[0].alone or self._waiting[0].alone):
+            if batch and (batch[0].alone or following.alone):
                 break
-            batch.append(self._waiting.popleft())
+            batch.append(self._waiting.pop())
         return batch
 
     @staticmethod

@@ -4,6 +4,7 @@ Knows gRPC; does not know Ray. Errors leave translated (sdxs.rpc); what nobody f
 """
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,11 +13,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sdxs import rpc
-from sdxs.errors import SdxsError
-from services.fabric.deadline import Deadline
+from sdxs.errors import InvalidRequest, SdxsError
+from services.fabric.deadline import Deadline, Priority
 from services.fabric.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
+
+_TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 RawHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
 
@@ -64,12 +67,23 @@ def _handlers(endpoint: Endpoint) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(endpoint.descriptor.full_name, handlers)
 
 
+def _terms(context: "grpc.aio.ServicerContext[bytes, bytes]") -> Deadline:
+    """The caller's deadline, class and tenant. Raises InvalidRequest for metadata that say none."""
+    said = {key: value for key, value in context.invocation_metadata() or () if key in (rpc.PRIORITY_KEY, rpc.TENANT_KEY)}
+    priority, tenant = said.get(rpc.PRIORITY_KEY, Priority.NORMAL.value), said.get(rpc.TENANT_KEY, "")
+    if priority not in {known.value for known in Priority}:
+        raise InvalidRequest(rpc.PRIORITY_KEY, priority, ", ".join(known.value for known in Priority))
+    if not _TENANT.fullmatch(str(tenant)):
+        raise InvalidRequest(rpc.TENANT_KEY, tenant, "up to 64 of A-Z a-z 0-9 . _ -")
+    return Deadline.after(context.time_remaining(), Priority(priority), str(tenant))
+
+
 def _handler(endpoint: Endpoint, name: str) -> RawHandler:
     """One rpc: the caller's deadline in, the translated error out."""
 
     async def handle(payload: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
         try:
-            return await endpoint.call(name, payload, Deadline.after(context.time_remaining()))
+            return await endpoint.call(name, payload, _terms(context))
         except SdxsError as error:
             logger.info("%s: %s: %s", name, error.code, error)
             await context.abort(*rpc.to_status(error))

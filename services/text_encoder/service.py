@@ -40,7 +40,7 @@ class TextEncoderService:
             raise InvalidRequest("prompt", request.prompt, "some text")
         deadline.remaining()
         self._encoder.check(request.prompt)
-        [computed] = await self._batcher.submit([request.prompt])
+        [computed] = await self._batcher.submit([request.prompt], deadline=deadline)
         text_BLD, pooled_BD = computed.result.text_BLD, computed.result.pooled_BD
         pooled = None if pooled_BD is None else tensors.encode(pooled_BD[0])
         return text_encoder_pb2.EncodeResponse(text=tensors.encode(text_BLD[0]), pooled=pooled, model_digest=self._model_digest)

@@ -65,7 +65,7 @@ class UNetService:
             dataclasses.replace(image, conditions=conditions, residuals=given)
             for image, given in zip(images, residuals, strict=True)
         ]
-        computed = await self._batcher.submit(images, alone=request.deterministic)
+        computed = await self._batcher.submit(images, request.deterministic, deadline)
         return unet_pb2.DenoiseResponse(
             latent=tensors.encode(np.stack([done.result.latent_CHW for done in computed])),
             model_digest=self._facts.digest,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from sdxs.errors import Overloaded
+from sdxs.errors import DeadlineExceeded, Overloaded
 from services.fabric.batcher import GreedyBatcher
+from services.fabric.deadline import Deadline, Priority
 
 
 class Device:
@@ -72,6 +73,36 @@ async def test_a_cancelled_caller_takes_its_items_with_it() -> None:
     device.release.set()
     await asyncio.gather(first, staying)
     assert device.batches == [[0], [3]]
+    batcher.close()
+
+
+async def test_what_has_run_out_of_time_is_never_begun() -> None:
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=4, max_waiting=100)
+    first = await held(device, batcher)
+    late = asyncio.create_task(batcher.submit([1], deadline=Deadline.after(0.02)))
+    staying = asyncio.create_task(batcher.submit([2], deadline=Deadline.after(30)))
+    await asyncio.sleep(0.05)
+    device.release.set()
+    with pytest.raises(DeadlineExceeded, match="before the work began"):
+        await late
+    await asyncio.gather(first, staying)
+    assert device.batches == [[0], [2]]
+    batcher.close()
+
+
+async def test_tenants_take_turns_and_the_urgent_goes_first() -> None:
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=2, max_waiting=100)
+    first = await held(device, batcher)
+    flood = asyncio.create_task(batcher.submit([1, 2, 3, 4], deadline=Deadline(tenant="a")))
+    await asyncio.sleep(0)
+    little = asyncio.create_task(batcher.submit([5], deadline=Deadline(tenant="b")))
+    urgent = asyncio.create_task(batcher.submit([6], deadline=Deadline(priority=Priority.HIGH, tenant="a")))
+    await asyncio.sleep(0)
+    device.release.set()
+    await asyncio.gather(first, flood, little, urgent)
+    assert device.batches == [[0], [1, 6], [5, 2], [3, 4]]
     batcher.close()
 
 

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
+import grpc
 import pytest
 
+from sdxs import rpc
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from sdxs.v1 import text_encoder_pb2
-from services.fabric.deadline import Deadline
+from services.fabric.deadline import Deadline, Priority
 from services.fabric.discovery import replicas
 from services.fabric.endpoint import Endpoint
 from services.fabric.peers import Address, PeerSet
@@ -27,11 +30,13 @@ class Room:
         self.name = name
         self.calls = 0
         self.cancelled = False
+        self.asked: list[Deadline] = []
         self.error: Exception | None = None
         self.hold: asyncio.Event | None = None
 
     async def encode(self, _: text_encoder_pb2.EncodeRequest, deadline: Deadline) -> text_encoder_pb2.EncodeResponse:
         self.calls += 1
+        self.asked.append(deadline)
         if self.error is not None:
             raise self.error
         if self.hold is not None:
@@ -100,6 +105,30 @@ async def test_a_dead_peer_is_replaced_by_the_living(site: Site, peers: PeerSet)
     await site.kill(first)
     await site.add(Room("second"))
     assert await name_of(peers) == "second"
+
+
+async def test_class_and_tenant_of_a_call_reach_the_room(site: Site, peers: PeerSet) -> None:
+    room = Room("only")
+    await site.add(room)
+    asked = [Deadline.after(5.0), Deadline.after(5.0, Priority.HIGH, "acme"), Deadline.after(5.0, Priority.LOW).within(3.0)]
+    for deadline in asked:
+        await peers.call("Encode", ANY, deadline)
+    expected = [(Priority.NORMAL, ""), (Priority.HIGH, "acme"), (Priority.LOW, "")]
+    assert [(deadline.priority, deadline.tenant) for deadline in room.asked] == expected
+    assert 2.0 < room.asked[2].at - time.monotonic() <= 3.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("x-sdxs-priority", "urgent"), ("x-sdxs-tenant", "a b"), ("x-sdxs-tenant", "a" * 65)]
+)
+async def test_a_class_or_tenant_that_is_none_is_refused_by_its_name(site: Site, key: str, value: str) -> None:
+    address = await site.add(Room("only"))
+    async with grpc.aio.insecure_channel(address.target) as channel:
+        call = channel.unary_unary(f"/{DESCRIPTOR.full_name}/Encode")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(ANY, metadata=[(key, value)], timeout=5)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in rpc.violations(caught.value.trailing_metadata())] == [key]
 
 
 async def test_a_broken_connection_is_noticed_without_a_call(site: Site, peers: PeerSet) -> None:
