@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxs.errors import InvalidRequest
@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     """All settings of client, services and trainer.
 
     store_url: `file:///folder` or `s3://bucket[/prefix]`; the s3_* fields say where that S3 is.
+    torch_device: where networks compute: cpu, cuda, cuda:1; empty: the GPU that this process sees, else the CPU.
+    torch_dtype: what they compute in; empty: float16 on a GPU, float32 on a CPU, which has no faster one. The step to x0 is always float32.
     s3_public_url: the same S3 as those see it who get presigned URLs, `http://host:port` or https; empty: by s3_endpoint.
     """
 
@@ -50,6 +52,8 @@ class Settings(BaseSettings):
     gateway_address: str = "127.0.0.1:8500"
     cache_dir: Path = cache_home()
     torch_threads: int = 1
+    torch_device: str = Field("", pattern=r"^(cpu|cuda(:\d+)?)?$")
+    torch_dtype: Literal["", "float32", "float16", "bfloat16"] = ""
 
     def __init__(self, **values: Any) -> None:
         """From arguments, then SDXS_* variables. Raises InvalidRequest that names the variable."""

@@ -27,18 +27,32 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
+def place(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    """Where networks compute, and in what. Raises InvalidRequest for a GPU that is not there."""
+    device = torch.device(settings.torch_device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest("SDXS_TORCH_DEVICE", settings.torch_device, f"cpu, or one of {torch.cuda.device_count()} GPUs")
+    default = "float32" if device.type == "cpu" else "float16"
+    dtype: torch.dtype = getattr(torch, settings.torch_dtype or default)
+    return device, dtype
+
+
 def _load(kind: Any, folder: Path, settings: Settings, unused: tuple[str, ...] = ()) -> Any:
-    """A network for inference, in float32 (what a CPU is fast at), weights laid out channels last.
+    """A network for inference, weights laid out channels last.
 
     Raises:
         CorruptArtifact: a weight is missing, but for those beginning with `unused`; diffusers would draw it at random.
+        InvalidRequest: the settings name a GPU that is not there.
     """
     torch.set_num_threads(settings.torch_threads)
-    network, found = kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    device, dtype = place(settings)
+    if kind.__name__ == "AutoencoderKL":  # overflows in float16 (SDXL's config says so itself), and is not what speed is about
+        dtype = torch.float32
+    network, found = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(unused))
     if missing:
         raise CorruptArtifact(f"{folder.name} lacks {len(missing)} weights of its {kind.__name__}, among them {missing[0]}")
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 class TextEncoder:
@@ -81,16 +95,16 @@ class TextEncoder:
         """The last hidden states of one encoder; of two, as SDXL was trained, the last but one of both side by side, and the second's
         projection of the whole prompt (arXiv:2307.01952, section 2.1)."""
         if len(self.encoders) == 1:
-            return Prompts(self._run(0, prompts).last_hidden_state.float().numpy())
+            return Prompts(_array(self._run(0, prompts).last_hidden_state))
         outputs = [self._run(i, prompts, output_hidden_states=True) for i in range(len(self.encoders))]
         text_BLD = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return Prompts(text_BLD.float().numpy(), outputs[-1].text_embeds.float().numpy())
+        return Prompts(_array(text_BLD), _array(outputs[-1].text_embeds))
 
     def _run(self, index: int, prompts: list[str], **options: bool) -> Any:
         tokenizer, network = self.encoders[index]
         length = tokenizer.model_max_length
         tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
-        return network(tokens["input_ids"], **options)
+        return network(tokens["input_ids"].to(network.device), **options)
 
 
 class UNet:
@@ -120,38 +134,37 @@ class UNet:
             residuals: what ControlNets add, computed from the same noise, prompts and init images.
             inits: for each image the one it starts from, if any; none at all: none does.
         """
-        entry = enter(noise_BCHW, self.constants, self.levels, inits)
-        told = {"added_cond_kwargs": _added(prompts, self.image_size), **_additional(residuals)}
-        output = self.network(*_entering(entry), _tensor(prompts.text_BLD), return_dict=False, **told)[0].float()
-        latent = _factor(entry.a) * _tensor(entry.base_BCHW) + _factor(entry.b) * output
-        combined: Array = latent.contiguous().numpy()
-        return combined
+        entry, device = enter(noise_BCHW, self.constants, self.levels, inits), self.network.device
+        told = {"added_cond_kwargs": _added(prompts, self.image_size, self.network), **_additional(residuals, self.network)}
+        text_BLD = _given(prompts.text_BLD, self.network)
+        output = self.network(*_entering(entry, self.network), text_BLD, return_dict=False, **told)[0].float()
+        return _array(_factor(entry.a, device) * _tensor(entry.base_BCHW).to(device) + _factor(entry.b, device) * output)
 
 
-def _entering(entry: Entry) -> tuple[torch.Tensor, int | torch.Tensor]:
-    """Input and timestep of the networks."""
-    timestep = entry.timestep if isinstance(entry.timestep, int) else torch.from_numpy(entry.timestep)
-    return _tensor(entry.input_BCHW).contiguous(memory_format=torch.channels_last), timestep
+def _entering(entry: Entry, network: Any) -> tuple[torch.Tensor, int | torch.Tensor]:
+    """Input and timestep of a network."""
+    timestep = entry.timestep if isinstance(entry.timestep, int) else torch.from_numpy(entry.timestep).to(network.device)
+    return _given(entry.input_BCHW, network).contiguous(memory_format=torch.channels_last), timestep
 
 
-def _factor(value: float | Array) -> float | torch.Tensor:
-    return _tensor(value) if isinstance(value, np.ndarray) else value
+def _factor(value: float | Array, device: torch.device) -> float | torch.Tensor:
+    return _tensor(value).to(device) if isinstance(value, np.ndarray) else value
 
 
-def _added(prompts: Prompts, image_size: int) -> dict[str, torch.Tensor] | None:
+def _added(prompts: Prompts, image_size: int, network: Any) -> dict[str, torch.Tensor] | None:
     """SDXL's conditioning beside the text: pooled embeddings, and sizes that say an uncropped image of the model's own."""
     if prompts.pooled_BD is None:
         return None
     size = float(image_size)
-    time_ids_B6 = torch.tensor([[size, size, 0.0, 0.0, size, size]]).repeat(len(prompts.pooled_BD), 1)
-    return {"text_embeds": _tensor(prompts.pooled_BD), "time_ids": time_ids_B6}
+    time_ids_B6 = torch.tensor([[size, size, 0.0, 0.0, size, size]], device=network.device).repeat(len(prompts.pooled_BD), 1)
+    return {"text_embeds": _given(prompts.pooled_BD, network), "time_ids": time_ids_B6}
 
 
-def _additional(residuals: Residuals | None) -> dict[str, Any]:
+def _additional(residuals: Residuals | None, network: Any) -> dict[str, Any]:
     """Residuals as the U-Net's keyword arguments. Without a mid stage it adds the mid residual all the same, behind its deepest block."""
     if residuals is None:
         return {}
-    *down, mid = (_tensor(part) for part in residuals.parts)
+    *down, mid = (_given(part, network) for part in residuals.parts)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
@@ -168,8 +181,11 @@ class ControlNets:
         from sdxs import controlnet
 
         torch.set_num_threads(settings.torch_threads)
-        places = bundle.controlnet_folders(folder)
-        networks = {name: controlnet.load(place).to(memory_format=torch.channels_last) for name, place in places.items()}
+        device, dtype = place(settings)
+        networks = {
+            name: controlnet.load(found, dtype).to(device, memory_format=torch.channels_last)
+            for name, found in bundle.controlnet_folders(folder).items()
+        }
         return cls(networks, bundle.facts(folder), functools.partial(Levels.of_folder, folder))
 
     def pick(self, asked: Control, field: str) -> str:
@@ -203,13 +219,13 @@ class ControlNets:
             weights_BR: of each image and residual.
             inits: as the U-Net's.
         """
-        entry = enter(noise_BCHW, self.constants, self.levels, inits)
-        maps_BCHW = (_pixels(maps_BHWC) / 255).contiguous(memory_format=torch.channels_last)
-        down, mid = self.networks[name](
-            *_entering(entry), _tensor(prompts.text_BLD), controlnet_cond=maps_BCHW,
-            added_cond_kwargs=_added(prompts, self.image_size), return_dict=False,
+        entry, network = enter(noise_BCHW, self.constants, self.levels, inits), self.networks[name]
+        maps_BCHW = (_pixels(maps_BHWC, network) / 255).to(network.dtype).contiguous(memory_format=torch.channels_last)
+        down, mid = network(
+            *_entering(entry, network), _given(prompts.text_BLD, network), controlnet_cond=maps_BCHW,
+            added_cond_kwargs=_added(prompts, self.image_size, network), return_dict=False,
         )  # fmt: skip
-        found = Residuals(tuple(part.float().contiguous().numpy() for part in (*down, mid)))
+        found = Residuals(tuple(map(_array, (*down, mid))))
         return found.weighted(weights_BR)
 
 
@@ -218,9 +234,21 @@ def _tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
-def _pixels(image_BHWC: Array) -> torch.Tensor:
-    """float32 (B, 3, H, W), 0 to 255, of uint8; copied, because what is read from a file or a message is often read-only."""
-    return torch.from_numpy(np.array(image_BHWC)).permute(0, 3, 1, 2).float()
+def _given(array: Array, network: Any) -> torch.Tensor:
+    """As a network takes it: on its device, in its type."""
+    return _tensor(array).to(network.device, network.dtype)
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    """float32, contiguous, in the process's memory."""
+    found: Array = tensor.float().contiguous().cpu().numpy()
+    return found
+
+
+def _pixels(image_BHWC: Array, network: Any) -> torch.Tensor:
+    """float32 (B, 3, H, W), 0 to 255, of uint8, on a network's device; copied, because what is read from a file or a message is often
+    read-only."""
+    return torch.from_numpy(np.array(image_BHWC)).to(network.device).permute(0, 3, 1, 2).float()
 
 
 class Decoder:
@@ -244,10 +272,9 @@ class Decoder:
     @torch.inference_mode()
     def paint(self, latent_BCHW: Array) -> Array:
         """float32 images in [0, 1], shape (B, H, W, 3)."""
-        latent = _tensor(latent_BCHW) / self.network.config.scaling_factor
+        latent = _given(latent_BCHW, self.network) / self.network.config.scaling_factor
         image = self.network.decode(latent.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-        image_BHWC: Array = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
-        return image_BHWC
+        return _array((image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
 
     def decode(self, latent_BCHW: Array) -> Array:
         """uint8 images, shape (B, H, W, 3), scaled and rounded as diffusers' image processor does."""
@@ -276,8 +303,7 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, image_BHWC: Array) -> Array:
         """float32 latents, in the U-Net's scale, of uint8 images; the mean where the encoder gives a distribution."""
-        image_BCHW = _pixels(image_BHWC) / 127.5 - 1
+        image_BCHW = (_pixels(image_BHWC, self.network) / 127.5 - 1).to(self.network.dtype)
         found = self.network.encode(image_BCHW.contiguous(memory_format=torch.channels_last))
         latent = found.latents if hasattr(found, "latents") else found.latent_dist.mean
-        scaled: Array = (latent.float() * self.network.config.scaling_factor).contiguous().numpy()
-        return scaled
+        return _array(latent.float() * self.network.config.scaling_factor)

@@ -82,6 +82,8 @@ class StageReplica(Replica):
 
     async def __init__(self, model: str) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
+        if not settings.torch_device:  # others' GPUs may be visible too
+            settings = settings.model_copy(update={"torch_device": granted_device()})
         gc.disable()  # importing torch makes millions of objects that stay: collecting among them is a tenth of the start
         folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
         self._service = service = await asyncio.to_thread(self.load, folder, manifest.digest, settings)
@@ -104,6 +106,13 @@ def node_address() -> str:
     import ray.util
 
     return str(ray.util.get_node_ip_address())
+
+
+def granted_device() -> str:
+    """Where this replica may compute: on the GPU that Ray gave it, if it did."""
+    import ray
+
+    return "cuda" if ray.get_gpu_ids() else "cpu"
 
 
 def node_id() -> str:
