@@ -250,8 +250,10 @@ def test_the_command(made: Path, settings: Settings, tmp_path: Path) -> None:
     assert any("edge F1" in note for note in report.notes)
     with pytest.raises(InvalidRequest, match=r"^output: .*\.png"):
         evaluate_request(Request([str(made)], controls=True, output=tmp_path / "page.html"), settings, Console(quiet=True))
+    without = tiny_folder(tmp_path / "without")
+    bundle.seal(without, "without")
     with pytest.raises(InvalidRequest, match="a ControlNet that carries"):
-        evaluate_request(Request(["emoji"], controls=True), settings, Console(quiet=True))
+        evaluate_request(Request([str(without)], controls=True), settings, Console(quiet=True))
 
 
 def test_a_sheet_has_control_images_and_results(made: Path, settings: Settings) -> None:

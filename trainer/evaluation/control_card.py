@@ -8,7 +8,7 @@ from pathlib import Path
 from sdxs import bundle
 from sdxs.bundle import Manifest
 from trainer.evaluation.card import EVALUATION
-from trainer.evaluation.control import STUDENT, shares
+from trainer.evaluation.control import BENT, STUDENT, shares
 from trainer.evaluation.rows import Row, markdown
 from trainer.recipe import ControlRecipe
 
@@ -23,14 +23,17 @@ A ControlNet for this bundle's one-step U-Net, {size:.1f} MB in float16, for con
 - **Rows**: `teacher` and `teacher+control` take {steps} steps with guidance; `final` is the bundle without a control image;
   `warmup+control` the ControlNet before its last stage, where there was one; `final+control` what is here. All begin with the same noise.
 - **Control images** are extracted from {source}; `sketch` is a sketch in a shaky hand, the same for all rows.
-- **edge F1**: Canny's edges of the image against the lines of the control image, which may be one pixel off at 64 pixels, more in larger
-  images. A sketch leaves parts out, so that no image has all its edges in it. **colour error**: of 8 x 8 blocks, in levels of 255.
+{bent}- **edge F1**: Canny's edges of the image against the lines of the control image, which may be one pixel off at 64 pixels, more in
+  larger images. A sketch leaves parts out, so that no image has all its edges in it. **colour error**: of 8 x 8 blocks, in levels of 255.
 - {judged}
 - **ms per image**: batch 1, {device}, text embedding cached, the control image given; **with map**: extracted from a photo too.
   **times faster**: than the teacher with its ControlNet.
 """
 JUDGED = """**top-1, top-5**: how often the nearest real image, in the judge's features, is the one that was asked for. **Frechet**: its
   features against those of real images. The judge gets {accuracy:.1%} of real renders right."""
+BENT_SPLIT = """- **-bent**: control images of the same images turned, stretched, mirrored, shifted and bent, so that only they say how.
+  `bent images` are those images themselves; without a control image nobody can draw them.
+"""
 UNJUDGED = "**No judge**: nothing says here whether an image shows what was asked for."
 
 
@@ -72,6 +75,7 @@ def _text(recipe: ControlRecipe, own: Path, rows: list[Row], judge_accuracy: flo
         shares="\n".join(f"- {line}." for line in shares(rows)),
         steps=recipe.evaluation.teacher_steps,
         source="the captions' real images" if judged else "the teacher's samples of the prompts from other noise",
+        bent=BENT_SPLIT if any(row.row == BENT for row in rows) else "",
         judged=JUDGED.format(accuracy=judge_accuracy) if judged else UNJUDGED,
         device="one CPU thread" if judged else "on the machine that trained it",
     )
