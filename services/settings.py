@@ -39,5 +39,20 @@ class ServingSettings(Settings):
     job_ttl_s: int = 24 * 3600
     """How long a finished job can be asked about."""
     max_queued_jobs: int = 10_000
+    """Most jobs that have not ended, of all priorities; more are refused with RESOURCE_EXHAUSTED."""
+    max_queued_bytes: int = 256 << 20
+    """Most bytes of their requests."""
+    job_retry_after_s: float = 5.0
+    """When a full queue tells callers to try again."""
+    max_job_requests: int = 256
+    """Largest batch that is one job."""
+    job_requests_at_once: int = 4
+    """Requests of a batch that a worker asks the gateway for at a time."""
+    dead_job_ttl_s: int = 7 * 24 * 3600
+    """How long a dead job can be asked about and replayed."""
+    max_dead_jobs: int = 10_000
+    """Longest list of the dead; the oldest leave it."""
+    max_watchers: int = 256
+    """Most WatchJob calls a gateway holds."""
     url_ttl_s: int = 3600
     """How long a presigned URL works."""
