@@ -1,5 +1,9 @@
 """How the servers behave: limits, times, the queue. Where things are: sdxs.settings; how many replicas: services.app."""
 
+from pydantic import SecretStr, field_validator
+
+from sdxs import webhooks
+from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 
 
@@ -56,3 +60,28 @@ class ServingSettings(Settings):
     """Most WatchJob calls a gateway holds."""
     url_ttl_s: int = 3600
     """How long a presigned URL works."""
+
+    webhook_secret: SecretStr = SecretStr("")
+    """`whsec_` and the base64 of 24 to 64 random bytes, to sign webhooks with; empty: jobs with a webhook are refused."""
+    webhook_allow_http: bool = False
+    webhook_allow_private: bool = False
+    """Whether webhooks may lead to private, loopback and link-local addresses; then a caller can reach into the server's network."""
+    webhook_timeout_s: float = 10.0
+    """Of one call."""
+    webhook_max_calls: int = 10
+    """Until it is given up."""
+    webhook_pause_s: float = 5.0
+    """After the first failed call; doubles with each, up to an hour."""
+    webhook_concurrency: int = 4
+    """Calls of one worker at a time."""
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_a_key(cls, secret: SecretStr) -> SecretStr:
+        """Now, not at the first job."""
+        if secret.get_secret_value():
+            try:
+                webhooks.key_of(secret.get_secret_value())
+            except InvalidRequest as error:
+                raise ValueError(error.allowed) from None
+        return secret

@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import functools
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import UTC, datetime, timedelta
 
 from redis.exceptions import RedisError
 
@@ -14,10 +12,10 @@ from sdxs.store import ObjectStore, open_store
 from sdxs.v1 import gateway_pb2
 from services.fabric.job_changes import JobChanges
 from services.fabric.job_records import OVER
+from services.fabric.job_urls import has_images, sign_urls
+from services.fabric.job_webhooks import check_url
 from services.fabric.jobs import JobQueue, open_queue
 from services.settings import ServingSettings
-
-logger = logging.getLogger(__name__)
 
 _PAGE, _MAX_PAGE = 50, 200
 _LOOK_S = 1.0  # between two looks at a watched job that tells nothing: its position changes with other jobs
@@ -30,10 +28,12 @@ class JobDesk:
         self._queue = queue
         self._changes = JobChanges(queue)
         self._store = functools.cache(store)  # opened at the first job: images without jobs need no store
-        self._url_ttl = timedelta(seconds=url_ttl_s)
+        self._url_ttl_s = url_ttl_s
 
     async def submit(self, job_id: str, asked: bytes, order: gateway_pb2.SubmitJobRequest) -> gateway_pb2.SubmitJobResponse:
-        """See JobQueue.submit."""
+        """See JobQueue.submit. Raises what `check_url` does for its webhook too."""
+        if order.webhook_url:
+            await check_url(order.webhook_url, self._queue.settings)
         with _answering():
             state = await self._queue.submit(job_id, asked, order)
         return gateway_pb2.SubmitJobResponse(job_id=job_id, state=state)
@@ -42,7 +42,8 @@ class JobDesk:
         """The job with a fresh URL for each image."""
         with _answering():
             job = await self._queue.get(job_id)
-        await asyncio.to_thread(self._sign, job)
+        if has_images(job):
+            await asyncio.to_thread(lambda: sign_urls(job, self._store(), self._url_ttl_s))
         return job
 
     async def list_jobs(self, request: gateway_pb2.ListJobsRequest) -> gateway_pb2.ListJobsResponse:
@@ -87,17 +88,6 @@ class JobDesk:
     async def close(self) -> None:
         """Hang up."""
         await self._queue.close()
-
-    def _sign(self, job: gateway_pb2.GetJobResponse) -> None:
-        """Set the URLs. Raises Unavailable when the store does not answer."""
-        expires = datetime.now(UTC) + self._url_ttl
-        try:
-            for image in [*job.images, *(image for item in job.items for image in item.images)]:
-                image.url = self._store().presign_get(image.key, self._url_ttl)
-                image.url_expires.FromDatetime(expires)
-        except Exception as error:
-            logger.exception("cannot sign the URLs of job %s", job.job_id)
-            raise Unavailable("the object store does not answer") from error
 
 
 @contextlib.contextmanager

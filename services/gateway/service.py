@@ -90,7 +90,7 @@ class GatewayService:
         finally:
             for task in choosing:  # after a first refusal nobody asks about the others
                 task.cancel()
-        order = gateway_pb2.SubmitJobRequest(priority=request.priority)
+        order = gateway_pb2.SubmitJobRequest(priority=request.priority, webhook_url=request.webhook_url)
         if request.requests:
             order.requests.extend(chosen)
         else:

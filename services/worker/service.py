@@ -24,6 +24,7 @@ from services.fabric.deadline import Deadline
 from services.fabric.jobs import Delivery, JobQueue
 from services.settings import ServingSettings
 from services.worker.batch import REFUSALS, AllRefused, job_error, make_batch
+from services.worker.webhooks import Webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ Generate = Callable[[bytes, Deadline], Awaitable[bytes]]
 
 
 class Worker:
-    """Up to `job_concurrency` jobs at a time from one queue."""
+    """Up to `job_concurrency` jobs at a time from one queue, and the webhooks of ended ones."""
 
     def __init__(
         self, queue: JobQueue, store: Callable[[], ObjectStore], generate: Generate, settings: ServingSettings
@@ -42,8 +43,9 @@ class Worker:
         self._queue = queue
         self._store = functools.cache(store)
         self._generate = generate
+        self._webhooks = Webhooks(queue, self._store)
         self._visibility_s = settings.job_visibility_s
-        self._beat_s = min(1.0, settings.job_visibility_s / 3)  # a cancelled job is dropped at the next beat
+        self._beat_s = min(1.0, settings.job_visibility_s / 4)  # a cancelled job is dropped at the next beat
         self._concurrency = settings.job_concurrency
         self._at_once = settings.job_requests_at_once
         self._consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -51,7 +53,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop`."""
-        await asyncio.gather(*(self._work() for _ in range(self._concurrency)))
+        await asyncio.gather(*(self._work() for _ in range(self._concurrency)), self._webhooks.run())
         try:
             await self._queue.leave(self._consumer)
         except RedisError as error:
@@ -60,6 +62,7 @@ class Worker:
     def stop(self) -> None:
         """End after the jobs in hand."""
         self._stopping = True
+        self._webhooks.stop()
 
     async def _work(self) -> None:
         """One job after the other; an outage of Redis is waited out."""
