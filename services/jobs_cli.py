@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
@@ -10,7 +10,7 @@ import typer
 from google.protobuf.json_format import MessageToDict, MessageToJson
 from redis.exceptions import RedisError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sdxs.client import DEFAULT_ADDRESS, Client, Job
 from sdxs.errors import InvalidRequest, PreconditionFailed, Unavailable
@@ -68,7 +68,7 @@ def list_jobs(
     if as_json:
         typer.echo(json.dumps([MessageToDict(job) for job in found]))
         return
-    table = Table("job", "state", "priority", "done", "created", box=None)
+    table = Table(_ids(job.job_id for job in found), "state", "priority", "done", "created", box=None)
     for job in found:
         created = job.created.ToDatetime(UTC)
         table.add_row(job.job_id, _state(job), _name(gateway_pb2.JobPriority, job.priority), _progress(job), _time(created))
@@ -127,7 +127,7 @@ def list_dead(limit: Annotated[int, typer.Option(min=1, help="Most jobs.")] = 50
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    table = Table("job", "died", "why", box=None)
+    table = Table(_ids(row["job"] for row in rows), "died", "why", box=None)
     for row in rows:
         table.add_row(row["job"], row["died"], row["why"])
     Console().print(table)
@@ -195,6 +195,11 @@ def _with_queue(work: Callable[[JobQueue], Coroutine[Any, Any, T]]) -> T:
             await queue.close()
 
     return asyncio.run(main())
+
+
+def _ids(names: Iterable[str]) -> Column:
+    """A column that is never cut short: ids are there to be copied."""
+    return Column("job", no_wrap=True, min_width=max(map(len, names), default=0))
 
 
 def _state(job: Job) -> str:

@@ -94,8 +94,9 @@ class Working:
     def __init__(self, queue: JobQueue, folder: Path, generate: Generate = generated, **changes: object) -> None:
         self.worker = Worker(queue, lambda: FileStore(folder), generate, settings(**changes))
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Worker:
         self.running = asyncio.create_task(self.worker.run())
+        return self.worker
 
     async def __aexit__(self, *_: object) -> None:
         self.worker.stop()
