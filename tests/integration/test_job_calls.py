@@ -81,7 +81,7 @@ async def test_a_watcher_hears_at_once(client: AsyncClient, queue: JobQueue) -> 
     """Changes are told, not only found by looking now and then: many in less time than looks take."""
     job_id = await client.submit_batch(["a"] * 20)
     delivery = await take(queue)
-    watching = client.watch_job(job_id)
+    watching: Any = client.watch_job(job_id)
     await anext(watching)
     await asyncio.sleep(0.3)  # the subscription
     loop = asyncio.get_running_loop()
@@ -109,7 +109,7 @@ async def test_a_watcher_survives_a_broken_subscription(client: AsyncClient, que
 async def test_a_watcher_that_leaves_is_forgotten(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
     async with gateway(queue, tmp_path, max_streams=1) as address, AsyncClient(address) as client:
         job_id = await client.submit_job("a")
-        first = client.watch_job(job_id)
+        first: Any = client.watch_job(job_id)
         await anext(first)
         with pytest.raises(Overloaded) as caught:
             await anext(client.watch_job(job_id))
@@ -165,7 +165,7 @@ BAD = [
     ("SubmitJob", submitting(request=GOOD, priority=9), "priority"),
     ("ListJobs", gateway_pb2.ListJobsRequest(page_size=201).SerializeToString(), "page_size"),
     ("ListJobs", gateway_pb2.ListJobsRequest(page_token="x").SerializeToString(), "page_token"),
-    ("ListJobs", gateway_pb2.ListJobsRequest(states=[0]).SerializeToString(), "states"),
+    ("ListJobs", gateway_pb2.ListJobsRequest(states=[gateway_pb2.JOB_STATE_UNSPECIFIED]).SerializeToString(), "states"),
     ("CancelJob", b"", "job_id"),
 ]
 
@@ -224,7 +224,7 @@ async def test_errors_say_when_to_try_again(queue: JobQueue, tmp_path: Path, err
 
 
 async def test_redis_that_is_away_is_unavailable(redis_url: str, tmp_path: Path) -> None:
-    nobody = JobQueue(Redis.from_url("redis://127.0.0.1:1/0", protocol=2, retry=None), settings())  # type: ignore[arg-type]
+    nobody = JobQueue(Redis.from_url("redis://127.0.0.1:1/0", protocol=2, retry=None), settings())
     async with gateway(nobody, tmp_path) as address, AsyncClient(address) as client:
         for call in (client.submit_job("a"), client.get_job("a"), client.list_jobs(), client.cancel_job("a")):
             with pytest.raises(Unavailable) as caught:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -242,6 +243,6 @@ async def test_all_keys_of_a_queue_share_a_slot(queue: JobQueue, redis: "Redis")
     delivery = await take(queue)
     await queue.put_item(delivery, 0, gateway_pb2.JobItem())
     await queue.bury(delivery, "poison")
-    names = await redis.keys("*")
+    names: Any = await redis.keys("*")
     assert {b"{sdxs}:dead", b"{sdxs}:webhooks", b"{sdxs}:job:one:items"} <= set(names)
     assert all(name.startswith(b"{sdxs}:") for name in names)
