@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
 from sdxs.errors import Overloaded, PreconditionFailed
@@ -17,16 +17,16 @@ from services.fabric.jobs import Delivery, JobQueue
 from tests import jobs
 
 T = TypeVar("T")
-MOST_JOBS, MOST_DELIVERIES = 6, 3
+MOST_JOBS, MOST_DELIVERIES = 4, 3
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = gateway_pb2.JobState.values()[1:]
 WORKERS = st.sampled_from(["worker 1", "worker 2", "worker 3"])
-NUMBERS = st.integers(0, 7)
+NUMBERS = st.integers(0, 6)
 PRIORITIES = st.sampled_from([jobs.HIGH, jobs.NORMAL, jobs.LOW])
 Held = tuple[str, Delivery]
 
 
 class JobLife(RuleBasedStateMachine):
-    """Clients and three workers on a queue with six places; what should be stands beside it."""
+    """Clients and three workers on a queue with four places; what should be stands beside it."""
 
     taken: Bundle[Held] = Bundle("taken")
 
@@ -60,6 +60,12 @@ class JobLife(RuleBasedStateMachine):
             self.states[job_id] = state
             self.ends[job_id] = self.ends.get(job_id, 0) + 1
             self.due.discard(job_id)
+
+    @initialize(priority=PRIORITIES)
+    def fill(self, priority: int) -> None:
+        """Something to do from the first."""
+        for number in range(MOST_JOBS):
+            self.submit(number, priority, batch=number == 0)
 
     @rule(number=NUMBERS, priority=PRIORITIES, batch=st.booleans())
     def submit(self, number: int, priority: int, batch: bool) -> None:
@@ -153,6 +159,12 @@ class JobLife(RuleBasedStateMachine):
             self.wait(jobs.fall_silent(self.queue, held[1], held[0]))
             self.due.add(held[1].job_id)
 
+    @rule(target=taken, held=taken, worker=WORKERS)
+    def lose(self, held: Held, worker: str) -> Any:
+        """Another worker takes what is the dead one's, who may come back to it."""
+        self.die(held)
+        return self.take(worker)
+
     @rule(number=NUMBERS)
     def cancel(self, number: int) -> None:
         job_id = f"job{number}"
@@ -196,7 +208,7 @@ class JobLife(RuleBasedStateMachine):
 
 @pytest.mark.timeout(240)
 def test_every_accepted_job_ends_exactly_once(redis_url: str) -> None:
-    quick = settings(max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+    quick = settings(max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
     class Here(JobLife):
         url = redis_url
