@@ -9,11 +9,11 @@ Every error is an SdxsError of the class the server raised (sdxs.rpc).
 import asyncio
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import grpc
 import PIL.Image
@@ -22,14 +22,14 @@ from google.protobuf.message import Message
 from sdxs import rpc
 from sdxs.control import Control
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
+from sdxs.v1 import decoder_pb2, gateway_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
 _SERVICE = "sdxs.v1.GatewayService"
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 _OPTIONS = [*rpc.KEEPALIVE_CLIENT, ("grpc.max_receive_message_length", 64 << 20)]
-_ENDED = (gateway_pb2.JOB_STATE_SUCCEEDED, gateway_pb2.JOB_STATE_FAILED)
+_ENDED = (gateway_pb2.JOB_STATE_SUCCEEDED, gateway_pb2.JOB_STATE_FAILED, gateway_pb2.JOB_STATE_CANCELLED)
 
 Job = gateway_pb2.GetJobResponse
 
@@ -50,6 +50,17 @@ class Options(TypedDict, total=False):
     init_image: bytes
     """A file to start from, with `strength`."""
     strength: float
+
+
+class JobOptions(Options, total=False):
+    """What a job may say too; see SubmitJobRequest in gateway.proto."""
+
+    request_id: str
+    """Sent again under the same id it is the same job."""
+    priority: str
+    """high, normal (default) or low."""
+    webhook_url: str
+    """Gets the ended job; `sdxs.webhooks.verify` checks what comes."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +115,40 @@ class Client:
         answer = self._call("Generate", request(prompt, options), timeout)
         return _generated(gateway_pb2.GenerateResponse.FromString(answer))
 
-    def submit_job(self, prompt: str, request_id: str = "", timeout: float = 10.0, **options: Unpack[Options]) -> str:
-        """Id of a job for that request; sent again under the same `request_id` it is the same job. Raises SdxsError."""
-        message = gateway_pb2.SubmitJobRequest(request=request(prompt, options), request_id=request_id)
-        return gateway_pb2.SubmitJobResponse.FromString(self._call("SubmitJob", message, timeout)).job_id
+    def submit_job(self, prompt: str, timeout: float = 10.0, **options: Unpack[JobOptions]) -> str:
+        """Id of a job for that request. Raises SdxsError."""
+        return self._submit(job([prompt], options, batch=False), timeout)
+
+    def submit_batch(self, prompts: Sequence[str], timeout: float = 60.0, **options: Unpack[JobOptions]) -> str:
+        """Id of one job for all prompts; the options are for each. Raises SdxsError."""
+        return self._submit(job(prompts, options, batch=True), timeout)
 
     def get_job(self, job_id: str, timeout: float = 10.0) -> Job:
         """The job's state, with presigned URLs once it has succeeded. Raises SdxsError."""
         return Job.FromString(self._call("GetJob", gateway_pb2.GetJobRequest(job_id=job_id), timeout))
+
+    def list_jobs(
+        self, states: Sequence[str] = (), page_size: int = 0, page_token: str = "", timeout: float = 10.0
+    ) -> gateway_pb2.ListJobsResponse:
+        """A page of jobs, newest first: queued, running, succeeded, failed or cancelled ones, or all. Raises SdxsError."""
+        return gateway_pb2.ListJobsResponse.FromString(self._call("ListJobs", job_page(states, page_size, page_token), timeout))
+
+    def watch_job(self, job_id: str, timeout: float | None = None) -> Iterator[Job]:
+        """The job now and at each change, until it has ended. Raises SdxsError, DeadlineExceeded after `timeout` seconds."""
+        method: Any = self._channel.unary_stream(f"/{_SERVICE}/WatchJob")
+        answers = method(gateway_pb2.WatchJobRequest(job_id=job_id).SerializeToString(), timeout=timeout)
+        try:
+            for answer in answers:
+                yield gateway_pb2.WatchJobResponse.FromString(answer).job
+        except grpc.RpcError as error:
+            raise rpc.from_rpc_error(error) from None
+        finally:
+            answers.cancel()
+
+    def cancel_job(self, job_id: str, timeout: float = 10.0) -> Job:
+        """The cancelled job; its worker drops it within a second or so. Raises SdxsError, PreconditionFailed when it has ended."""
+        answer = self._call("CancelJob", gateway_pb2.CancelJobRequest(job_id=job_id), timeout)
+        return gateway_pb2.CancelJobResponse.FromString(answer).job
 
     def wait_job(self, job_id: str, timeout: float = 120.0) -> Job:
         """The job once it has ended, well or not. Raises DeadlineExceeded when it has not within `timeout` seconds."""
@@ -145,6 +182,9 @@ class Client:
             if time.monotonic() > end:
                 raise Unavailable(f"the server is not SERVING after {timeout:g} s")
             time.sleep(0.1)
+
+    def _submit(self, message: gateway_pb2.SubmitJobRequest, timeout: float) -> str:
+        return gateway_pb2.SubmitJobResponse.FromString(self._call("SubmitJob", message, timeout)).job_id
 
     def _call(self, name: str, message: Message, timeout: float) -> bytes:
         """One rpc. Raises SdxsError."""
@@ -181,20 +221,50 @@ class AsyncClient:
         answer = await self._call("Generate", request(prompt, options), timeout)
         return _generated(gateway_pb2.GenerateResponse.FromString(answer))
 
-    async def submit_job(
-        self,
-        prompt: str,
-        request_id: str = "",
-        timeout: float = 10.0,  # noqa: ASYNC109
-        **options: Unpack[Options],
-    ) -> str:
+    async def submit_job(self, prompt: str, timeout: float = 10.0, **options: Unpack[JobOptions]) -> str:  # noqa: ASYNC109
         """See Client.submit_job."""
-        message = gateway_pb2.SubmitJobRequest(request=request(prompt, options), request_id=request_id)
-        return gateway_pb2.SubmitJobResponse.FromString(await self._call("SubmitJob", message, timeout)).job_id
+        return await self._submit(job([prompt], options, batch=False), timeout)
+
+    async def submit_batch(
+        self,
+        prompts: Sequence[str],
+        timeout: float = 60.0,  # noqa: ASYNC109
+        **options: Unpack[JobOptions],
+    ) -> str:
+        """See Client.submit_batch."""
+        return await self._submit(job(prompts, options, batch=True), timeout)
 
     async def get_job(self, job_id: str, timeout: float = 10.0) -> Job:  # noqa: ASYNC109
         """See Client.get_job."""
         return Job.FromString(await self._call("GetJob", gateway_pb2.GetJobRequest(job_id=job_id), timeout))
+
+    async def list_jobs(
+        self,
+        states: Sequence[str] = (),
+        page_size: int = 0,
+        page_token: str = "",
+        timeout: float = 10.0,  # noqa: ASYNC109
+    ) -> gateway_pb2.ListJobsResponse:
+        """See Client.list_jobs."""
+        answer = await self._call("ListJobs", job_page(states, page_size, page_token), timeout)
+        return gateway_pb2.ListJobsResponse.FromString(answer)
+
+    async def watch_job(self, job_id: str, timeout: float | None = None) -> AsyncIterator[Job]:  # noqa: ASYNC109
+        """See Client.watch_job."""
+        method: Any = self._channel.unary_stream(f"/{_SERVICE}/WatchJob")
+        answers = method(gateway_pb2.WatchJobRequest(job_id=job_id).SerializeToString(), timeout=timeout)
+        try:
+            async for answer in answers:
+                yield gateway_pb2.WatchJobResponse.FromString(answer).job
+        except grpc.RpcError as error:
+            raise rpc.from_rpc_error(error) from None
+        finally:
+            answers.cancel()
+
+    async def cancel_job(self, job_id: str, timeout: float = 10.0) -> Job:  # noqa: ASYNC109
+        """See Client.cancel_job."""
+        answer = await self._call("CancelJob", gateway_pb2.CancelJobRequest(job_id=job_id), timeout)
+        return gateway_pb2.CancelJobResponse.FromString(answer).job
 
     async def wait_job(self, job_id: str, timeout: float = 120.0) -> Job:  # noqa: ASYNC109
         """See Client.wait_job."""
@@ -229,6 +299,9 @@ class AsyncClient:
                 raise Unavailable(f"the server is not SERVING after {timeout:g} s")
             await asyncio.sleep(0.1)
 
+    async def _submit(self, message: gateway_pb2.SubmitJobRequest, timeout: float) -> str:  # noqa: ASYNC109
+        return gateway_pb2.SubmitJobResponse.FromString(await self._call("SubmitJob", message, timeout)).job_id
+
     async def _call(self, name: str, message: Message, timeout: float) -> bytes:  # noqa: ASYNC109
         """One rpc. Raises SdxsError."""
         try:
@@ -247,12 +320,39 @@ def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
             raise InvalidRequest(f"controls[{i}]", control, "an sdxs.control.Control")
         _fill(message.controls.add(), asdict(control), f"controls[{i}].")
     if "format" in options:
-        fields["format"] = _format(options["format"])
+        fields["format"] = _choice("format", options["format"], decoder_pb2.ImageFormat, "IMAGE_FORMAT_")
     _fill(message, fields)
     return message
 
 
-def _fill(message: gateway_pb2.GenerateRequest | control_pb2.Control, fields: dict[str, Any], prefix: str = "") -> None:
+def job(prompts: Sequence[str], options: JobOptions, batch: bool) -> gateway_pb2.SubmitJobRequest:
+    """The message, of one prompt or a batch. Raises InvalidRequest as `request` does."""
+    fields: dict[str, Any] = dict(options)
+    about: dict[str, Any] = {name: fields.pop(name, None) for name in ("request_id", "webhook_url")}
+    priority = fields.pop("priority", None)
+    message = gateway_pb2.SubmitJobRequest()
+    _fill(message, about)
+    if priority is not None:
+        message.priority = _choice("priority", priority, gateway_pb2.JobPriority, "JOB_PRIORITY_")
+    requests = [request(prompt, cast("Options", fields)) for prompt in prompts]
+    if batch and not requests:
+        raise InvalidRequest("prompts", prompts, "at least one")
+    if batch:
+        message.requests.extend(requests)
+    else:
+        message.request.CopyFrom(requests[0])
+    return message
+
+
+def job_page(states: Sequence[str], page_size: int, page_token: str) -> gateway_pb2.ListJobsRequest:
+    """The message. Raises InvalidRequest as `request` does."""
+    message = gateway_pb2.ListJobsRequest()
+    _fill(message, {"page_size": page_size, "page_token": page_token})
+    message.states.extend(_choice("states", name, gateway_pb2.JobState, "JOB_STATE_") for name in states)
+    return message
+
+
+def _fill(message: Message, fields: dict[str, Any], prefix: str = "") -> None:
     """Raises InvalidRequest that names the field, after `prefix`."""
     for name, value in fields.items():
         if value is None:
@@ -263,12 +363,12 @@ def _fill(message: gateway_pb2.GenerateRequest | control_pb2.Control, fields: di
             raise InvalidRequest(prefix + name, value, "a value of the type and range of gateway.proto") from None
 
 
-def _format(name: str) -> int:
-    """jpeg -> IMAGE_FORMAT_JPEG."""
-    formats = {key.removeprefix("IMAGE_FORMAT_").lower(): value for key, value in decoder_pb2.ImageFormat.items()}
-    if name not in formats:
-        raise InvalidRequest("format", name, "one of " + ", ".join(formats))
-    return formats[name]
+def _choice(field: str, name: str, enum: Any, prefix: str) -> Any:
+    """The enum's value of a name: jpeg -> IMAGE_FORMAT_JPEG. Raises InvalidRequest."""
+    values = {key.removeprefix(prefix).lower(): value for key, value in enum.items()}
+    if name not in values:
+        raise InvalidRequest(field, name, "one of " + ", ".join(values))
+    return values[name]
 
 
 def _generated(response: gateway_pb2.GenerateResponse) -> Generated:

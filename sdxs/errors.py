@@ -25,6 +25,13 @@ class SdxsError(Exception):
     exit_code = 1
     field = ""
     """Of the request, where one is at fault."""
+    retry_after_s: float | None = None
+    """After how many seconds the same call may succeed; None where nobody can say, or never."""
+
+    def __init__(self, *args: object, retry_after_s: float | None = None) -> None:
+        super().__init__(*args)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(SdxsError):
@@ -70,6 +77,7 @@ class Unavailable(SdxsError):
 
     code = "UNAVAILABLE"
     exit_code = 6
+    retry_after_s = 1.0
 
 
 class Overloaded(SdxsError):
@@ -77,6 +85,7 @@ class Overloaded(SdxsError):
 
     code = "RESOURCE_EXHAUSTED"
     exit_code = 7
+    retry_after_s = 0.5  # what is full empties at the pace of single images; a queue of jobs says more
 
 
 class DeadlineExceeded(SdxsError):

@@ -1,13 +1,15 @@
 """Errors across the wire, both ways, in one place; and the channel options client and servers share.
 
-An SdxsError leaves as its gRPC status with google.rpc details: BadRequest for a field at fault. It arrives as the same class.
+An SdxsError leaves as its gRPC status with google.rpc details: BadRequest for a field at fault, RetryInfo where another try may
+succeed. It arrives as the same class.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from sdxs.errors import InvalidRequest, SdxsError
@@ -22,6 +24,7 @@ KEEPALIVE_CLIENT = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout
 KEEPALIVE_SERVER = [("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)]
 
 Metadata = tuple[tuple[str, bytes], ...]
+TrailingMetadata = Iterable[tuple[str, str | bytes]] | None
 
 
 def to_status(error: SdxsError) -> tuple[grpc.StatusCode, str, Metadata]:
@@ -32,22 +35,34 @@ def to_status(error: SdxsError) -> tuple[grpc.StatusCode, str, Metadata]:
     if error.field:
         description = str(getattr(error, "allowed", message))[:_MAX_TEXT]
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
-        detail = any_pb2.Any()
-        detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-        status.details.append(detail)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return code, message, ((DETAILS_KEY, status.SerializeToString()),)
 
 
-def violations(metadata: Iterable[tuple[str, str | bytes]] | None) -> list[error_details_pb2.BadRequest.FieldViolation]:
+def violations(metadata: TrailingMetadata) -> list[error_details_pb2.BadRequest.FieldViolation]:
     """The fields at fault, as a server's trailing metadata names them."""
-    found: list[error_details_pb2.BadRequest.FieldViolation] = []
+    return [violation for bad in _details(metadata, error_details_pb2.BadRequest) for violation in bad.field_violations]
+
+
+def retry_after_s(metadata: TrailingMetadata) -> float | None:
+    """When to try again, as a server's trailing metadata says; None where it does not."""
+    for info in _details(metadata, error_details_pb2.RetryInfo):
+        return float(info.retry_delay.ToNanoseconds() / 1e9)
+    return None
+
+
+def _details(metadata: TrailingMetadata, kind: type[Message]) -> Iterator[Any]:
+    """The google.rpc details of that kind."""
     for key, value in metadata or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             for detail in status_pb2.Status.FromString(value).details:
-                bad = error_details_pb2.BadRequest()
-                if detail.Unpack(bad):
-                    found.extend(bad.field_violations)
-    return found
+                found = kind()
+                if detail.Unpack(found):
+                    yield found
 
 
 def from_rpc_error(error: Any) -> SdxsError:
@@ -61,6 +76,7 @@ def from_rpc_error(error: Any) -> SdxsError:
         return found
     arrived = kind(message)
     arrived.field = fields[0].field if fields else ""
+    arrived.retry_after_s = retry_after_s(error.trailing_metadata())
     return arrived
 
 

@@ -62,8 +62,10 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors()[0]
             name = "_".join(map(str, first["loc"])).upper()
+            field = type(self).model_fields.get(name.lower())
+            shown = "…" if field is not None and field.annotation is SecretStr else first["input"]
             allowed = first["msg"].removeprefix("Value error, ")  # pydantic's words before those of our own validators
-            raise InvalidRequest(f"SDXS_{name}", first["input"], allowed) from error
+            raise InvalidRequest(f"SDXS_{name}", shown, allowed) from (None if shown == "…" else error)
 
     @field_validator("s3_public_url")
     @classmethod

@@ -22,8 +22,9 @@ from services.fabric.peers import LocalStage
 from services.fabric.replica import StageService
 from services.fabric.server import DataPlane
 from services.gateway.chain import Chain, PromptCache
+from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
-from services.gateway.service import DESCRIPTOR, GatewayService, open_desk, served_model
+from services.gateway.service import DESCRIPTOR, GatewayService, served_model
 from services.settings import ServingSettings
 from services.worker.service import Worker
 
@@ -37,7 +38,7 @@ async def serve_local(model: str, settings: ServingSettings, fused: bool = False
     text, denoiser, images, *guided = stages
     chain = Chain(text, denoiser, images, PromptCache(settings.prompt_cache_bytes), *guided)
     service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
-    endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
+    endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)
     plane = DataPlane(endpoint, settings.gateway_max_message_bytes)
     await plane.start(settings.gateway_address)
     health = asyncio.create_task(keep_health(service, plane))

@@ -1,5 +1,9 @@
 """How the servers behave: limits, times, the queue. Where things are: sdxs.settings; how many replicas: services.app."""
 
+from pydantic import SecretStr, field_validator
+
+from sdxs import webhooks
+from sdxs.errors import InvalidRequest
 from sdxs.settings import Settings
 
 
@@ -39,5 +43,45 @@ class ServingSettings(Settings):
     job_ttl_s: int = 24 * 3600
     """How long a finished job can be asked about."""
     max_queued_jobs: int = 10_000
+    """Most jobs that have not ended, of all priorities; more are refused with RESOURCE_EXHAUSTED."""
+    max_queued_bytes: int = 256 << 20
+    """Most bytes of their requests."""
+    job_retry_after_s: float = 5.0
+    """When a full queue tells callers to try again."""
+    max_job_requests: int = 256
+    """Largest batch that is one job."""
+    job_requests_at_once: int = 4
+    """Requests of a batch that a worker asks the gateway for at a time."""
+    dead_job_ttl_s: int = 7 * 24 * 3600
+    """How long a dead job can be asked about and replayed."""
+    max_dead_jobs: int = 10_000
+    """Longest list of the dead; the oldest leave it."""
+    max_watchers: int = 256
+    """Most WatchJob calls a gateway holds."""
     url_ttl_s: int = 3600
     """How long a presigned URL works."""
+
+    webhook_secret: SecretStr = SecretStr("")
+    """`whsec_` and the base64 of 24 to 64 random bytes, to sign webhooks with; empty: jobs with a webhook are refused."""
+    webhook_allow_http: bool = False
+    webhook_allow_private: bool = False
+    """Whether webhooks may lead to private, loopback and link-local addresses; then a caller can reach into the server's network."""
+    webhook_timeout_s: float = 10.0
+    """Of one call."""
+    webhook_max_calls: int = 10
+    """Until it is given up."""
+    webhook_pause_s: float = 5.0
+    """After the first failed call; doubles with each, up to an hour."""
+    webhook_concurrency: int = 4
+    """Calls of one worker at a time."""
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_a_key(cls, secret: SecretStr) -> SecretStr:
+        """Now, not at the first job."""
+        if secret.get_secret_value():
+            try:
+                webhooks.key_of(secret.get_secret_value())
+            except InvalidRequest as error:
+                raise ValueError(error.allowed) from None
+        return secret

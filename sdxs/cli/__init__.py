@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "Everything once: distil, publish, serve, ask for images, report.",
     "generate": "Text to an image file, in this process or from a server.",
     "serve": "Serve a bundle over gRPC until stopped.",
+    "jobs": "List, show, watch and cancel jobs of a server; replay dead ones.",
     "models": "List, show, publish, promote and roll back bundles.",
     "train": "Run a recipe on Ray Train.",
     "eval": "Score a bundle beside its teacher.",

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GatewayServiceStub:
-    """The way in. Errors carry google.rpc.BadRequest details that name the field.
+    """The way in. Errors carry google.rpc details: BadRequest names the field; RetryInfo, with RESOURCE_EXHAUSTED and UNAVAILABLE, says
+    after how long another try makes sense.
     """
 
     def __init__(self, channel):
@@ -50,6 +51,21 @@ class GatewayServiceStub:
                 request_serializer=sdxs_dot_v1_dot_gateway__pb2.GetJobRequest.SerializeToString,
                 response_deserializer=sdxs_dot_v1_dot_gateway__pb2.GetJobResponse.FromString,
                 _registered_method=True)
+        self.ListJobs = channel.unary_unary(
+                '/sdxs.v1.GatewayService/ListJobs',
+                request_serializer=sdxs_dot_v1_dot_gateway__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
+        self.WatchJob = channel.unary_stream(
+                '/sdxs.v1.GatewayService/WatchJob',
+                request_serializer=sdxs_dot_v1_dot_gateway__pb2.WatchJobRequest.SerializeToString,
+                response_deserializer=sdxs_dot_v1_dot_gateway__pb2.WatchJobResponse.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/sdxs.v1.GatewayService/CancelJob',
+                request_serializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/sdxs.v1.GatewayService/ListModels',
                 request_serializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
@@ -58,7 +74,8 @@ class GatewayServiceStub:
 
 
 class GatewayServiceServicer:
-    """The way in. Errors carry google.rpc.BadRequest details that name the field.
+    """The way in. Errors carry google.rpc details: BadRequest names the field; RetryInfo, with RESOURCE_EXHAUSTED and UNAVAILABLE, says
+    after how long another try makes sense.
     """
 
     def Generate(self, request, context):
@@ -77,6 +94,28 @@ class GatewayServiceServicer:
 
     def GetJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobs(self, request, context):
+        """Newest first, without images and items.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchJob(self, request, context):
+        """The job at once, then again at each change, and the last time with its images when it has ended. State and progress are told as
+        they change, the position within a second; changes faster than the reader are told together.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """Queued: it never begins. Running: its worker drops it within a second or so. FAILED_PRECONDITION when it has ended.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -105,6 +144,21 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     request_deserializer=sdxs_dot_v1_dot_gateway__pb2.GetJobRequest.FromString,
                     response_serializer=sdxs_dot_v1_dot_gateway__pb2.GetJobResponse.SerializeToString,
             ),
+            'ListJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListJobsRequest.FromString,
+                    response_serializer=sdxs_dot_v1_dot_gateway__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'WatchJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJob,
+                    request_deserializer=sdxs_dot_v1_dot_gateway__pb2.WatchJobRequest.FromString,
+                    response_serializer=sdxs_dot_v1_dot_gateway__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobRequest.FromString,
+                    response_serializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobResponse.SerializeToString,
+            ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.FromString,
@@ -119,7 +173,8 @@ def add_GatewayServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GatewayService:
-    """The way in. Errors carry google.rpc.BadRequest details that name the field.
+    """The way in. Errors carry google.rpc details: BadRequest names the field; RetryInfo, with RESOURCE_EXHAUSTED and UNAVAILABLE, says
+    after how long another try makes sense.
     """
 
     @staticmethod
@@ -193,6 +248,87 @@ class GatewayService:
             '/sdxs.v1.GatewayService/GetJob',
             sdxs_dot_v1_dot_gateway__pb2.GetJobRequest.SerializeToString,
             sdxs_dot_v1_dot_gateway__pb2.GetJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sdxs.v1.GatewayService/ListJobs',
+            sdxs_dot_v1_dot_gateway__pb2.ListJobsRequest.SerializeToString,
+            sdxs_dot_v1_dot_gateway__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sdxs.v1.GatewayService/WatchJob',
+            sdxs_dot_v1_dot_gateway__pb2.WatchJobRequest.SerializeToString,
+            sdxs_dot_v1_dot_gateway__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sdxs.v1.GatewayService/CancelJob',
+            sdxs_dot_v1_dot_gateway__pb2.CancelJobRequest.SerializeToString,
+            sdxs_dot_v1_dot_gateway__pb2.CancelJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,8 +3,9 @@
 The gRPC server and a caller in the same process come in by the same door, so both see the same limits and the same errors.
 """
 
+import contextlib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -16,16 +17,22 @@ from services.fabric.deadline import Deadline
 from services.fabric.wire import broken_field
 
 Method = Callable[[Any, Deadline], Awaitable[Message]]
+ServerStream = Callable[[Any, Deadline], AsyncIterator[Message]]
 
 
 class Endpoint:
-    """One proto service, implemented by an object with a snake_case method per rpc: (request, deadline) -> response."""
+    """One proto service, implemented by an object with a snake_case method per rpc: (request, deadline) -> response.
 
-    def __init__(self, descriptor: ServiceDescriptor, room: object, max_in_flight: int) -> None:
+    That of an rpc with a stream of responses is an async generator. Such calls last, so they are counted apart.
+    """
+
+    def __init__(self, descriptor: ServiceDescriptor, room: object, max_in_flight: int, max_streams: int = 0) -> None:
         self.descriptor = descriptor
         self.in_flight = 0
+        self.streams = 0
         self._max_in_flight = max_in_flight
-        self._methods: dict[str, tuple[type[Message], Method]] = {
+        self._max_streams = max_streams
+        self._methods: dict[str, tuple[type[Message], Any]] = {
             rpc.name: (GetMessageClass(rpc.input_type), getattr(room, _snake_case(rpc.name))) for rpc in descriptor.methods
         }
 
@@ -33,13 +40,28 @@ class Endpoint:
         """One call. Raises Overloaded over the limit, InvalidRequest on bytes that do not parse, and what the room raises."""
         if self.in_flight >= self._max_in_flight:
             raise Overloaded(f"{self.in_flight} calls are in flight already, at most {self._max_in_flight} may be")
-        request_type, method = self._methods[name]
+        request_type, room_method = self._methods[name]
+        method: Method = room_method
         self.in_flight += 1
         try:
             response = await method(_parse(request_type, payload), deadline)
         finally:
             self.in_flight -= 1
         return response.SerializeToString()
+
+    async def stream(self, name: str, payload: bytes, deadline: Deadline) -> AsyncIterator[bytes]:
+        """One call with a stream of responses. Raises as `call` does, and when the caller has left stops the room's generator."""
+        if self.streams >= self._max_streams:
+            raise Overloaded(f"{self.streams} streams are open already, at most {self._max_streams} may be")
+        request_type, room_method = self._methods[name]
+        method: ServerStream = room_method
+        self.streams += 1
+        try:
+            async with contextlib.aclosing(method(_parse(request_type, payload), deadline)) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    yield response.SerializeToString()
+        finally:
+            self.streams -= 1
 
 
 def _parse(message: type[Message], payload: bytes) -> Message:

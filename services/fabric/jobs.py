@@ -1,13 +1,25 @@
-"""The job queue on Redis: one stream of ids, one consumer group, one hash per job.
+"""The job queue on Redis: a stream of ids and a consumer group for each priority, one hash per job.
 
 At least once: an entry stays pending until its job has ended, and a worker that falls silent loses it to another (XAUTOCLAIM).
-Idempotent: a job is its id; sent again it is found, done again it writes the same objects. After `max_deliveries` it is dead.
+Idempotent: a job is its id; sent again it is found, done again it writes the same objects. After `job_max_deliveries` without
+progress it is dead. Bounded: what does not fit is refused, nothing is trimmed away.
 
-    {prefix}:jobs       stream of {job: id}, consumer group `workers`
-    {prefix}:dead       stream of {job: id, why: text}, for people
-    {prefix}:job:{id}   hash: asked, request, state, deliveries, created, finished, outcome, why
+    {sdxs}:jobs:{priority}  stream of {job: id}, consumer group `workers`
+    {sdxs}:waiting          sorted set of the jobs nobody has begun, in their order: a position is a rank
+    {sdxs}:index            sorted set of all jobs, in order of creation
+    {sdxs}:expiring         sorted set of the ended, by when they leave the index
+    {sdxs}:counters         hash: queued and taken (so many jobs ever), bytes (of the requests of jobs that have not ended)
+    {sdxs}:webhooks         sorted set of ended jobs whose webhook is to be called, by when (services.fabric.job_webhooks)
+    {sdxs}:dead             stream of {job: id, why: text}, for people (services.fabric.dead_jobs)
+    {sdxs}:job:{id}         hash: asked, request, class, state, entry, deliveries, tries, created, finished, outcome, why, ...;
+                            also the channel that tells of its changes (services.fabric.job_changes)
+    {sdxs}:job:{id}:items   hash: what a batch has so far, by index
+
+The braces of the prefix put all keys into one slot of a Redis Cluster, as scripts over several of them need; so one queue lives on one
+shard. Streams know no rank of an entry, hence `waiting`: one ZADD and one ZREM a job, for positions at O(log n).
 """
 
+import functools
 import hashlib
 import logging
 import time
@@ -17,129 +29,211 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from sdxs.errors import AlreadyExists, NotFound, Overloaded
+from sdxs.errors import AlreadyExists, NotFound, Overloaded, PreconditionFailed
 from sdxs.v1 import gateway_pb2
-from services.fabric.job_scripts import DELIVER, END, HEARTBEAT, LEAVE, SUBMIT
+from services.fabric import job_scripts as scripts
+from services.fabric.job_records import FIELDS, read_job
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
 
 GROUP = "workers"
-logger = logging.getLogger(__name__)
+PREFIX = "{sdxs}"
+CLASSES = ("high", "normal", "low")
+"""In the order of JobPriority, from 1."""
+
+_CLAIM_PAUSE_S = 1.0  # a worker looks for jobs of silent workers at most so often
+_LIST_MOST = 1000  # jobs one page looks at
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """A job in a worker's hands. `number` counts from 1."""
+    """A job in a worker's hands. `request` is a SubmitJobRequest; `number` counts from 1 and, in a batch, anew with each item made."""
 
     entry: bytes
+    job_class: int
     job_id: str
     request: bytes
     number: int
+    done: frozenset[int] = frozenset()
+    """Items of a batch that earlier deliveries made."""
 
 
 class JobQueue:
     """Both ends of the queue, on a `redis.asyncio.Redis`. Raises redis.RedisError when Redis does not answer."""
 
-    def __init__(self, redis: Any, settings: ServingSettings, prefix: str = "sdxs") -> None:
-        self._redis = redis
-        self._settings = settings
-        self._stream = f"{prefix}:jobs"
-        self._dead = f"{prefix}:dead"
-        self._prefix = prefix
-        scripts = (SUBMIT, DELIVER, HEARTBEAT, END, LEAVE)
-        self._submit, self._count, self._heartbeat, self._conclude, self._leave = map(redis.register_script, scripts)
+    def __init__(self, redis: Any, settings: ServingSettings, prefix: str = PREFIX) -> None:
+        self.redis = redis
+        self.settings = settings
+        self.prefix = prefix
+        self.streams = [f"{prefix}:jobs:{name}" for name in CLASSES]
+        names = ("waiting", "index", "expiring", "counters", "webhooks", "dead", "job:")
+        self._keys = [*self.streams, *(f"{prefix}:{name}" for name in names)]
+        self._register = functools.cache(redis.register_script)
+        self._next_claim = 0.0
 
-    def _key(self, job_id: str) -> str:
-        return f"{self._prefix}:job:{job_id}"
+    def key(self, job_id: str) -> str:
+        """Of the job's hash and of the channel that tells of its changes."""
+        return f"{self.prefix}:job:{job_id}"
+
+    async def run(self, script: str, *args: Any) -> Any:
+        """One of job_scripts."""
+        return await self._register(script)(keys=self._keys, args=args)
 
     async def open(self) -> None:
-        """Make the consumer group, if nobody has."""
-        try:
-            await self._redis.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        """Make the consumer groups, if nobody has."""
+        for stream in self.streams:
+            try:
+                await self.redis.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
 
     async def close(self) -> None:
         """Hang up."""
-        await self._redis.aclose()
+        await self.redis.aclose()
 
-    async def submit(self, job_id: str, asked: bytes, request: bytes) -> str:
+    async def submit(self, job_id: str, asked: bytes, order: gateway_pb2.SubmitJobRequest) -> str:
         """Queue a job once; the same id and the same `asked` again only tell its state, a name of JobState.
 
-        `asked` is what the client sent, `request` the same with what the server chose (the seed), so that every delivery
+        `asked` is what the client sent, `order` the same with what the server chose (the seeds), so that every delivery
         does the same. Raises AlreadyExists when the id stands for something else, Overloaded when the queue is full.
         """
+        kept = gateway_pb2.SubmitJobRequest(requests=order.requests)
+        if order.HasField("request"):
+            kept.request.CopyFrom(order.request)
+        job_class = order.priority or gateway_pb2.JOB_PRIORITY_NORMAL
+        total, batch = (len(order.requests), 1) if order.requests else (1, 0)
+        about = (job_class, order.webhook_url, total, batch)
+        limits = (self.settings.max_queued_jobs, self.settings.max_queued_bytes)
         fingerprint = hashlib.sha256(asked).hexdigest()
-        keys = [self._stream, self._key(job_id)]
-        answer = await self._submit(keys=keys, args=[job_id, fingerprint, request, time.time(), self._settings.max_queued_jobs])
-        if answer == b"full":
-            raise Overloaded(f"{self._settings.max_queued_jobs} jobs wait already")
+        answer = await self.run(scripts.SUBMIT, job_id, fingerprint, kept.SerializeToString(), time.time(), *about, *limits)
         if answer == b"other":
             raise AlreadyExists(f"request_id {job_id!r} stands for another request")
+        self.check_room(answer)
         return str(answer.decode())
 
-    async def get(self, job_id: str) -> gateway_pb2.GetJobResponse:
-        """The job's state, without URLs. Raises NotFound for an id nobody submitted, or long ago."""
-        job = await self._redis.hgetall(self._key(job_id))
-        if not job:
+    def check_room(self, answer: bytes) -> None:
+        """Raises Overloaded when a script says that there is none."""
+        reasons = {
+            b"full": f"{self.settings.max_queued_jobs} jobs wait already",
+            b"large": f"with this job more than {self.settings.max_queued_bytes} bytes of requests would wait",
+            b"webhooks": f"{self.settings.max_queued_jobs} webhooks wait already",
+        }
+        if answer in reasons:
+            raise Overloaded(reasons[answer], retry_after_s=self.settings.job_retry_after_s)
+
+    async def get(self, job_id: str, whole: bool = True) -> gateway_pb2.GetJobResponse:
+        """The job, without URLs; not `whole`: without images and items. Raises NotFound for an id nobody submitted, or long ago."""
+        pipe = self.redis.pipeline(transaction=True)
+        pipe.hmget(self.key(job_id), FIELDS)
+        pipe.zrank(f"{self.prefix}:waiting", job_id)
+        items = f"{self.key(job_id)}:items"
+        pipe.hgetall(items) if whole else pipe.hlen(items)
+        values, rank, made = await pipe.execute()
+        job = read_job(job_id, values, rank, made)
+        if job is None:
             raise NotFound(f"no job {job_id!r}")
-        response = gateway_pb2.GetJobResponse.FromString(job.get(b"outcome", b""))
-        response.job_id = job_id
-        response.state = job[b"state"].decode()
-        response.deliveries = int(job.get(b"deliveries", 0))
-        response.created.FromNanoseconds(int(float(job[b"created"]) * 1e9))
-        if b"finished" in job:
-            response.finished.FromNanoseconds(int(float(job[b"finished"]) * 1e9))
-        return response
+        return job
+
+    async def list_jobs(
+        self, states: frozenset[int], before: int | None, page_size: int
+    ) -> tuple[list[gateway_pb2.GetJobResponse], int | None]:
+        """Jobs in one of these states (none: all), newest first, without images and items; and the `before` of the next page.
+
+        Reads 1000 jobs at most: a page may be short, and only None says that it is the last.
+        """
+        found: list[gateway_pb2.GetJobResponse] = []
+        for _ in range(0, _LIST_MOST, 100):
+            highest = "+inf" if before is None else f"({before}"
+            window = await self.redis.zrevrangebyscore(f"{self.prefix}:index", highest, "-inf", 0, 100, withscores=True)
+            for job, number in zip(await self._read([name.decode() for name, _ in window]), window, strict=True):
+                before = int(number[1])
+                if job is not None and (not states or job.state in states):
+                    found.append(job)
+                if len(found) == page_size:
+                    return found, before
+            if len(window) < 100:
+                return found, None
+        return found, before
+
+    async def _read(self, names: list[str]) -> list[gateway_pb2.GetJobResponse | None]:
+        """Their jobs; None for one that has been forgotten."""
+        pipe = self.redis.pipeline(transaction=False)
+        for name in names:
+            pipe.hmget(self.key(name), FIELDS)
+            pipe.zrank(f"{self.prefix}:waiting", name)
+            pipe.hlen(f"{self.key(name)}:items")
+        answers = await pipe.execute()
+        return [read_job(name, *answers[3 * i : 3 * i + 3]) for i, name in enumerate(names)]
 
     async def backlog(self) -> int:
         """Jobs that wait or are in a worker's hands."""
-        return int(await self._redis.xlen(self._stream))
+        pipe = self.redis.pipeline(transaction=False)
+        for stream in self.streams:
+            pipe.xlen(stream)
+        return sum(await pipe.execute())
+
+    async def cancel(self, job_id: str) -> None:
+        """End a job that has not ended. Raises NotFound, or PreconditionFailed when it has."""
+        before = (await self.run(scripts.CANCEL, job_id, time.time(), self.settings.job_ttl_s)).decode()
+        if not before:
+            raise NotFound(f"no job {job_id!r}")
+        if before not in ("JOB_STATE_QUEUED", "JOB_STATE_RUNNING"):
+            raise PreconditionFailed(f"job {job_id!r} has ended: {before.removeprefix('JOB_STATE_')}")
 
     async def take(self, consumer: str, wait_s: float) -> Delivery | None:
         """The next job: one whose worker fell silent, else a new one; None when none comes within `wait_s`."""
-        idle_ms = int(self._settings.job_visibility_s * 1000)
-        claimed = await self._redis.xautoclaim(self._stream, GROUP, consumer, idle_ms, start_id="0-0", count=1)
-        entries = claimed[1]
-        if not entries:
-            streams = {self._stream: ">"}
-            found = await self._redis.xreadgroup(GROUP, consumer, streams, count=1, block=max(1, int(wait_s * 1000)))
-            entries = found[0][1] if found else []
-        for entry, fields in entries:
-            return await self._deliver(entry, fields.get(b"job", b"").decode(errors="replace"))
-        return None
-
-    async def _deliver(self, entry: bytes, job_id: str) -> Delivery | None:
-        """Count the delivery; end the entry instead when its job is over, unknown, or tried too often."""
-        most = self._settings.job_max_deliveries
-        answer = await self._count(keys=[self._key(job_id)], args=[most])
-        if not answer:
-            logger.warning("entry %s of the queue is dropped: job %r is over or unknown", entry.decode(), job_id)
-            await self._forget(entry)
+        kind, *facts = await self._take(consumer)
+        if kind == b"none" and wait_s > 0:
+            after = dict(zip(self.streams, facts, strict=True))
+            if not await self.redis.xread(after, count=1, block=max(1, int(wait_s * 1000))):
+                return None
+            kind, *facts = await self._take(consumer)
+        if kind == b"none":
             return None
-        number, request, why = answer
-        delivery = Delivery(entry, job_id, request, number)
-        if number > most:
-            await self.bury(delivery, (why or b"its worker died").decode())
+        entry, job_class, name, *told = facts
+        job_id = name.decode(errors="replace")
+        if kind == b"dropped":
+            logger.warning("entry %s of the queue is dropped: job %r is over or unknown", entry.decode(), job_id)
+            return None
+        request, number, why, done = told
+        delivery = Delivery(entry, job_class, job_id, request, number, frozenset(map(int, done)))
+        if kind == b"spent":
+            await self.bury(delivery, (why or b"its worker died").decode(errors="replace"))
             return None
         return delivery
 
+    async def _take(self, consumer: str) -> Any:
+        """One look at the queue; at the jobs of others only now and then."""
+        idle_ms, now = -1, time.monotonic()
+        if now >= self._next_claim:
+            idle_ms = int(self.settings.job_visibility_s * 1000)
+        answer = await self.run(scripts.TAKE, consumer, idle_ms, self.settings.job_max_deliveries)
+        if idle_ms >= 0 and answer[0] == b"none":
+            self._next_claim = now + min(_CLAIM_PAUSE_S, self.settings.job_visibility_s / 4)
+        return answer
+
     async def keep(self, delivery: Delivery, consumer: str) -> bool:
-        """Show that the worker lives; False when the job has been given to another."""
-        return bool(await self._heartbeat(keys=[self._stream], args=[GROUP, consumer, delivery.entry, 0]))
+        """Show that the worker lives; False when the job has ended, as by `cancel`, or has been given to another."""
+        return bool(await self.run(scripts.KEEP, consumer, delivery.job_class, delivery.entry, 0))
 
     async def retry(self, delivery: Delivery, consumer: str, why: str) -> None:
         """Let it be delivered again, after a pause that doubles with each delivery."""
-        pause_s = min(2.0 ** (delivery.number - 1), self._settings.job_visibility_s)
-        idle_ms = int((self._settings.job_visibility_s - pause_s) * 1000)
-        if await self._heartbeat(keys=[self._stream], args=[GROUP, consumer, delivery.entry, idle_ms]):
-            await self._redis.hset(self._key(delivery.job_id), "why", why)
+        pause_s = min(2.0 ** (delivery.number - 1), self.settings.job_visibility_s)
+        idle_ms = int((self.settings.job_visibility_s - pause_s) * 1000)
+        if await self.run(scripts.KEEP, consumer, delivery.job_class, delivery.entry, idle_ms):
+            await self.redis.hset(self.key(delivery.job_id), "why", why)
 
     async def leave(self, consumer: str) -> None:
         """Forget a worker that takes no more jobs, unless some are still in its name."""
-        await self._leave(keys=[self._stream], args=[GROUP, consumer])
+        await self.run(scripts.LEAVE, consumer)
+
+    async def put_item(self, delivery: Delivery, index: int, item: gateway_pb2.JobItem) -> bool:
+        """One item of a batch is made, or can never be. False when the job is over: then nothing changes."""
+        failed = int(item.state == gateway_pb2.JOB_STATE_FAILED)
+        args = (delivery.job_id, delivery.entry, index, item.SerializeToString(), failed)
+        return bool(await self.run(scripts.ITEM, *args))
 
     async def succeed(self, delivery: Delivery, outcome: gateway_pb2.GetJobResponse) -> bool:
         """The job is done; `outcome` holds its images and receipt. False when it was over before: then nothing changes."""
@@ -149,23 +243,17 @@ class JobQueue:
         """The job can never succeed. False when it was over before: then nothing changes."""
         return await self._end(delivery, "JOB_STATE_FAILED", gateway_pb2.GetJobResponse(error=error))
 
-    async def bury(self, delivery: Delivery, why: str) -> None:
+    async def bury(self, delivery: Delivery, why: str) -> bool:
         """The job was delivered too often: FAILED for its owner, and a line in the stream of the dead."""
-        message = f"given up after {self._settings.job_max_deliveries} deliveries; the last: {why}"
-        if await self.refuse(delivery, gateway_pb2.JobError(code="ABORTED", message=message)):
-            await self._redis.xadd(self._dead, {"job": delivery.job_id, "why": message}, maxlen=10_000)
+        message = f"given up after {self.settings.job_max_deliveries} deliveries; the last: {why}"
+        error = gateway_pb2.JobError(code="ABORTED", message=message)
+        return await self._end(delivery, "JOB_STATE_FAILED", gateway_pb2.GetJobResponse(error=error), message)
 
-    async def _end(self, delivery: Delivery, state: str, outcome: gateway_pb2.GetJobResponse) -> bool:
+    async def _end(self, delivery: Delivery, state: str, outcome: gateway_pb2.GetJobResponse, dead: str = "") -> bool:
         """State, outcome, acknowledgement: all or nothing."""
-        keys = [self._stream, self._key(delivery.job_id)]
-        ttl_s = self._settings.job_ttl_s
-        args = [GROUP, delivery.entry, state, outcome.SerializeToString(), time.time(), ttl_s]
-        return bool(await self._conclude(keys=keys, args=args))
-
-    async def _forget(self, entry: bytes) -> None:
-        """Take an entry off the stream."""
-        await self._redis.xack(self._stream, GROUP, entry)
-        await self._redis.xdel(self._stream, entry)
+        ttl_s = self.settings.dead_job_ttl_s if dead else self.settings.job_ttl_s
+        args = (delivery.job_id, state, outcome.SerializeToString(), time.time(), ttl_s, dead, self.settings.max_dead_jobs)
+        return bool(await self.run(scripts.END, *args))
 
 
 def open_queue(settings: ServingSettings) -> JobQueue:

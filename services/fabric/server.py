@@ -3,9 +3,10 @@
 Knows gRPC; does not know Ray. Errors leave translated (sdxs.rpc); what nobody foresaw leaves as INTERNAL without its text.
 """
 
+import contextlib
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 RawHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
+RawStreamHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], AsyncIterator[bytes]]
 
 
 class DataPlane:
@@ -60,10 +62,12 @@ class DataPlane:
 
 def _handlers(endpoint: Endpoint) -> grpc.GenericRpcHandler:
     """Byte handlers for each rpc of the endpoint: parsing is ours, so that bad bytes get our error."""
-    handlers: dict[str, Any] = {
-        method.name: grpc.unary_unary_rpc_method_handler(_handler(endpoint, method.name))
-        for method in endpoint.descriptor.methods
-    }
+    handlers: dict[str, Any] = {}
+    for method in endpoint.descriptor.methods:
+        if method.server_streaming:
+            handlers[method.name] = grpc.unary_stream_rpc_method_handler(_stream_handler(endpoint, method.name))
+        else:
+            handlers[method.name] = grpc.unary_unary_rpc_method_handler(_handler(endpoint, method.name))
     return grpc.method_handlers_generic_handler(endpoint.descriptor.full_name, handlers)
 
 
@@ -82,14 +86,34 @@ def _handler(endpoint: Endpoint, name: str) -> RawHandler:
     """One rpc: the caller's deadline in, the translated error out."""
 
     async def handle(payload: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
-        try:
+        async with _translated(name, context):
             return await endpoint.call(name, payload, _terms(context))
-        except SdxsError as error:
-            logger.info("%s: %s: %s", name, error.code, error)
-            await context.abort(*rpc.to_status(error))
-        except Exception:
-            logger.exception("%s failed", name)
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
         raise AssertionError("abort raises")
 
     return handle
+
+
+def _stream_handler(endpoint: Endpoint, name: str) -> RawStreamHandler:
+    """The same for an rpc with a stream of responses."""
+
+    async def handle(payload: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> AsyncIterator[bytes]:
+        async with _translated(name, context):
+            stream = endpoint.stream(name, payload, _terms(context))
+            async with contextlib.aclosing(stream) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    yield response
+
+    return handle
+
+
+@contextlib.asynccontextmanager
+async def _translated(name: str, context: "grpc.aio.ServicerContext[bytes, bytes]") -> AsyncIterator[None]:
+    """Errors leave as statuses."""
+    try:
+        yield
+    except SdxsError as error:
+        logger.info("%s: %s: %s", name, error.code, error)
+        await context.abort(*rpc.to_status(error))
+    except Exception:
+        logger.exception("%s failed", name)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")

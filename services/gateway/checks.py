@@ -77,6 +77,26 @@ def job_id(request_id: str) -> str:
     return request_id or secrets.token_hex(16)
 
 
+def known_job_id(name: str) -> str:
+    """An id to ask about. Raises InvalidRequest for none, and for one that cannot be."""
+    if not _JOB_ID.fullmatch(name):
+        raise InvalidRequest("job_id", name, "an id from SubmitJob")
+    return name
+
+
+def job_requests(job: gateway_pb2.SubmitJobRequest, most: int) -> dict[str, gateway_pb2.GenerateRequest]:
+    """The requests of a job, each by the name of its field. Raises InvalidRequest."""
+    if job.priority not in gateway_pb2.JobPriority.values():
+        raise InvalidRequest("priority", job.priority, "one of " + ", ".join(gateway_pb2.JobPriority.keys()))
+    if not job.requests:
+        return {"request": job.request}
+    if job.HasField("request"):
+        raise InvalidRequest("requests", f"{len(job.requests)} and `request`", "one of the two")
+    if len(job.requests) > most:
+        raise InvalidRequest("requests", len(job.requests), f"at most {most}")
+    return {f"requests[{i}]": each for i, each in enumerate(job.requests)}
+
+
 def _prompt(prompt: str) -> str:
     """The prompt; how many tokens it has is the text encoder's to say."""
     if not prompt.strip():

@@ -9,8 +9,9 @@ from services.fabric.discovery import replicas
 from services.fabric.endpoint import Endpoint
 from services.fabric.replica import Replica
 from services.gateway.chain import Chain, PromptCache
+from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
-from services.gateway.service import DESCRIPTOR, GatewayService, open_desk, served_model
+from services.gateway.service import DESCRIPTOR, GatewayService, served_model
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class GatewayReplica(Replica):
         served = served_model(manifest)
         chain = Chain(text, unet, decoder, PromptCache(settings.prompt_cache_bytes), *controlnet)
         self._service = service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
-        endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight)
+        endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)
         limit = settings.gateway_max_message_bytes
         plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest, limit)
         self._health = asyncio.create_task(keep_health(service, plane))

@@ -1,27 +1,23 @@
 """sdxs.v1.GatewayService: requests checked, walked through the stages, or queued as jobs.
 
-Knows the chain, the job queue and the object store by their methods; computes nothing itself.
+Knows the chain and the jobs' desk by their methods; computes nothing itself.
 """
 
 import asyncio
-import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator, Mapping
 
 import numpy as np
-from redis.exceptions import RedisError
 
 from sdxs import control, images
 from sdxs.bundle import Manifest
-from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
-from sdxs.store import ObjectStore, open_store
+from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
 from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
-from services.fabric.jobs import JobQueue, open_queue
 from services.gateway import checks
 from services.gateway.chain import Chain
+from services.gateway.desk import JobDesk
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -29,49 +25,10 @@ logger = logging.getLogger(__name__)
 _BLANK = images.encode(np.zeros((8, 8, 3), np.uint8), images.PNG, "")
 """A control image that shows nothing."""
 
+_CHECKS_AT_ONCE = 8
+"""Requests of one batch that the text encoder is asked about at a time."""
+
 DESCRIPTOR = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"]
-
-
-class JobDesk:
-    """Where jobs are handed in and asked about. Redis and the store not answering is UNAVAILABLE."""
-
-    def __init__(self, queue: JobQueue, store: Callable[[], ObjectStore], url_ttl_s: int) -> None:
-        self._queue = queue
-        self._store = functools.cache(store)  # opened at the first job: images without jobs need no store
-        self._url_ttl = timedelta(seconds=url_ttl_s)
-
-    async def submit(self, job_id: str, asked: bytes, request: bytes) -> gateway_pb2.SubmitJobResponse:
-        """See JobQueue.submit."""
-        try:
-            state = await self._queue.submit(job_id, asked, request)
-        except RedisError as error:
-            raise Unavailable("the job queue does not answer") from error
-        return gateway_pb2.SubmitJobResponse(job_id=job_id, state=state)
-
-    async def get(self, job_id: str) -> gateway_pb2.GetJobResponse:
-        """The job with a fresh URL for each image."""
-        try:
-            job = await self._queue.get(job_id)
-        except RedisError as error:
-            raise Unavailable("the job queue does not answer") from error
-        if job.images:
-            await asyncio.to_thread(self._sign, job)
-        return job
-
-    async def close(self) -> None:
-        """Hang up."""
-        await self._queue.close()
-
-    def _sign(self, job: gateway_pb2.GetJobResponse) -> None:
-        """Set the URLs. Raises Unavailable when the store does not answer."""
-        expires = datetime.now(UTC) + self._url_ttl
-        try:
-            for image in job.images:
-                image.url = self._store().presign_get(image.key, self._url_ttl)
-                image.url_expires.FromDatetime(expires)
-        except Exception as error:
-            logger.exception("cannot sign the URLs of job %s", job.job_id)
-            raise Unavailable("the object store does not answer") from error
 
 
 class GatewayService:
@@ -89,6 +46,7 @@ class GatewayService:
         self._desk = desk
         self._default_deadline_s = settings.default_deadline_s
         self._max_image_bytes = settings.max_image_bytes
+        self._max_job_requests = settings.max_job_requests
 
     @property
     def ready(self) -> bool:
@@ -120,30 +78,70 @@ class GatewayService:
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
 
     async def submit_job(self, request: gateway_pb2.SubmitJobRequest, deadline: Deadline) -> gateway_pb2.SubmitJobResponse:
-        """Queue it, if `generate` would not refuse it. Raises SdxsError; fields of the inner request are named `request.…`."""
+        """Queue it, if `generate` would not refuse it. Raises SdxsError; fields of inner requests are named `request.…`."""
         desk = self._desk_or_raise()
         job_id = checks.job_id(request.request_id)
+        wanted = checks.job_requests(request, self._max_job_requests)
+        deadline = deadline.within(self._default_deadline_s)
+        gate = asyncio.Semaphore(_CHECKS_AT_ONCE)
+        choosing = [asyncio.create_task(self._choose(name, each, gate, deadline)) for name, each in wanted.items()]
         try:
-            order = checks.order(request.request, self._models, self._max_image_bytes)
-            await asyncio.gather(*(asyncio.to_thread(control.read_image, data, field) for field, data in checks.images(order)))
-            await self._chains[order.model.name].check_prompt(order.prompt, deadline.within(self._default_deadline_s))
+            chosen = await asyncio.gather(*choosing)
+        finally:
+            for task in choosing:  # after a first refusal nobody asks about the others
+                task.cancel()
+        order = gateway_pb2.SubmitJobRequest(priority=request.priority, webhook_url=request.webhook_url)
+        if request.requests:
+            order.requests.extend(chosen)
+        else:
+            order.request.CopyFrom(chosen[0])
+        asked = gateway_pb2.SubmitJobRequest()
+        asked.CopyFrom(request)
+        asked.ClearField("request_id")
+        return await desk.submit(job_id, asked.SerializeToString(deterministic=True), order)
+
+    async def _choose(
+        self, field: str, asked: gateway_pb2.GenerateRequest, gate: asyncio.Semaphore, deadline: Deadline
+    ) -> gateway_pb2.GenerateRequest:
+        """The request with the server's choices. Raises what `generate` would, the field's name after that of the request."""
+        try:
+            async with gate:
+                order = checks.order(asked, self._models, self._max_image_bytes)
+                files = checks.images(order)
+                await asyncio.gather(*(asyncio.to_thread(control.read_image, data, name) for name, data in files))
+                await self._chains[order.model.name].check_prompt(order.prompt, deadline)
         except InvalidRequest as error:
-            raise InvalidRequest(f"request.{error.field}", error.value, error.allowed) from None
+            raise InvalidRequest(f"{field}.{error.field}", error.value, error.allowed) from None
         except NotFound as error:
-            error.field = f"request.{error.field}"
+            error.field = f"{field}.{error.field}"
             raise
         chosen = gateway_pb2.GenerateRequest()
-        chosen.CopyFrom(request.request)
+        chosen.CopyFrom(asked)
         chosen.model, chosen.seed = order.model.name, order.seeds[0]
-        asked = request.request.SerializeToString(deterministic=True)
-        return await desk.submit(job_id, asked, chosen.SerializeToString())
+        return chosen
 
     async def get_job(self, request: gateway_pb2.GetJobRequest, deadline: Deadline) -> gateway_pb2.GetJobResponse:
         """State, and URLs once there is something to fetch. Raises NotFound."""
         deadline.remaining()
-        if not request.job_id:
-            raise InvalidRequest("job_id", "", "an id from SubmitJob")
-        return await self._desk_or_raise().get(checks.job_id(request.job_id))
+        return await self._desk_or_raise().get(checks.known_job_id(request.job_id))
+
+    async def list_jobs(self, request: gateway_pb2.ListJobsRequest, deadline: Deadline) -> gateway_pb2.ListJobsResponse:
+        """One page of jobs, newest first."""
+        deadline.remaining()
+        return await self._desk_or_raise().list_jobs(request)
+
+    async def watch_job(
+        self, request: gateway_pb2.WatchJobRequest, deadline: Deadline
+    ) -> AsyncIterator[gateway_pb2.WatchJobResponse]:
+        """The job at each change until it has ended. Raises NotFound."""
+        deadline.remaining()
+        async for job in self._desk_or_raise().watch(checks.known_job_id(request.job_id)):
+            yield gateway_pb2.WatchJobResponse(job=job)
+
+    async def cancel_job(self, request: gateway_pb2.CancelJobRequest, deadline: Deadline) -> gateway_pb2.CancelJobResponse:
+        """The cancelled job. Raises NotFound, or PreconditionFailed when it has ended."""
+        deadline.remaining()
+        return gateway_pb2.CancelJobResponse(job=await self._desk_or_raise().cancel(checks.known_job_id(request.job_id)))
 
     async def list_models(self, _: gateway_pb2.ListModelsRequest, deadline: Deadline) -> gateway_pb2.ListModelsResponse:
         """The models served here, the default first."""
@@ -204,10 +202,3 @@ def served_model(manifest: Manifest) -> checks.ServedModel:
     """What the gateway needs to know of a bundle."""
     size = manifest.image_size
     return checks.ServedModel(manifest.name, manifest.digest, size, size, manifest.max_prompt_tokens, manifest.controlnets)
-
-
-def open_desk(settings: ServingSettings) -> JobDesk | None:
-    """The desk of the queue and the store the settings name; None without a queue."""
-    if not settings.redis_url:
-        return None
-    return JobDesk(open_queue(settings), lambda: open_store(settings), settings.url_ttl_s)

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,66 +16,12 @@ from redis.exceptions import RedisError
 
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, PreconditionFailed, Unavailable
 from sdxs.store import FileStore
-from sdxs.v1 import decoder_pb2, gateway_pb2
+from sdxs.v1 import gateway_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.jobs import GROUP, Delivery, JobQueue
 from services.gateway.checks import UnknownModel
-from services.settings import ServingSettings
 from services.worker.deployment import WorkerReplica
-from services.worker.service import Generate, Worker
-
-VISIBILITY_S = 1.5  # well above what a busy machine takes between two heartbeats
-REQUEST = gateway_pb2.GenerateRequest(prompt="red apple", seed=1).SerializeToString()
-PNG = b"\x89PNG not really"
-
-
-def settings(**changes: object) -> ServingSettings:
-    return ServingSettings.model_validate({"job_visibility_s": VISIBILITY_S, "job_max_deliveries": 3, **changes})
-
-
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator["Redis"]:
-    client = Redis.from_url(redis_url, protocol=2)
-    await client.flushall()
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
-async def queue(redis: "Redis") -> JobQueue:
-    queue = JobQueue(redis, settings())
-    await queue.open()
-    return queue
-
-
-async def generated(payload: bytes, _: Deadline) -> bytes:
-    """An image that says what it was asked for."""
-    request = gateway_pb2.GenerateRequest.FromString(payload)
-    image = decoder_pb2.Image(data=PNG + request.prompt.encode(), format=decoder_pb2.IMAGE_FORMAT_PNG, width=1, height=1)
-    return gateway_pb2.GenerateResponse(images=[image], receipt=gateway_pb2.Receipt(seeds=[request.seed])).SerializeToString()
-
-
-class Working:
-    """A worker that runs for the length of a block."""
-
-    def __init__(self, queue: JobQueue, folder: Path, generate: Generate = generated, **changes: object) -> None:
-        self.worker = Worker(queue, lambda: FileStore(folder), generate, settings(**changes))
-
-    async def __aenter__(self) -> None:
-        self.running = asyncio.create_task(self.worker.run())
-
-    async def __aexit__(self, *_: object) -> None:
-        self.worker.stop()
-        await self.running
-
-
-async def ended(queue: JobQueue, job_id: str, seconds: float = 15) -> gateway_pb2.GetJobResponse:
-    async with asyncio.timeout(seconds):
-        while True:
-            job = await queue.get(job_id)
-            if job.state in (gateway_pb2.JOB_STATE_SUCCEEDED, gateway_pb2.JOB_STATE_FAILED):
-                return job
-            await asyncio.sleep(0.02)
+from tests.jobs import PNG, REQUEST, VISIBILITY_S, Working, asking, ended, generated, settings
 
 
 async def test_a_job_becomes_an_object(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
@@ -89,20 +34,20 @@ async def test_a_job_becomes_an_object(queue: JobQueue, redis: "Redis", tmp_path
     assert FileStore(tmp_path).get_bytes("jobs/one/0.png") == PNG + b"red apple"
     assert (job.deliveries, job.receipt.seeds, job.images[0].size) == (1, [1], len(PNG) + 9)
     assert job.created.ToNanoseconds() < job.finished.ToNanoseconds()
-    assert await redis.xlen("sdxs:jobs") == 0
-    assert 0 < await redis.ttl("sdxs:job:one") <= 24 * 3600
+    assert await queue.backlog() == 0
+    assert 0 < await redis.ttl("{sdxs}:job:one") <= 24 * 3600
 
 
 async def test_the_same_id_is_the_same_job(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
     states = await asyncio.gather(*(queue.submit("same", b"asked", REQUEST) for _ in range(20)))
     assert set(states) == {"JOB_STATE_QUEUED"}
-    assert await redis.xlen("sdxs:jobs") == 1
+    assert await queue.backlog() == 1
     with pytest.raises(AlreadyExists):
         await queue.submit("same", b"something else", REQUEST)
     async with Working(queue, tmp_path):
         await ended(queue, "same")
     assert await queue.submit("same", b"asked", REQUEST) == "JOB_STATE_SUCCEEDED"
-    assert await redis.xlen("sdxs:jobs") == 0
+    assert await queue.backlog() == 0
 
 
 async def test_an_unknown_job_is_not_found(queue: JobQueue) -> None:
@@ -172,7 +117,7 @@ async def test_a_passing_failure_is_tried_again(queue: JobQueue, tmp_path: Path)
     async with Working(queue, tmp_path, flaky):
         job = await ended(queue, "flaky")
     assert job.state == gateway_pb2.JOB_STATE_SUCCEEDED
-    assert tries == [REQUEST, REQUEST]
+    assert tries == 2 * [REQUEST.request.SerializeToString()]
 
 
 async def test_a_job_that_always_fails_dies(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
@@ -188,9 +133,9 @@ async def test_a_job_that_always_fails_dies(queue: JobQueue, redis: "Redis", tmp
     assert len(tries) == 3
     assert (job.state, job.error.code, job.deliveries) == (gateway_pb2.JOB_STATE_FAILED, "ABORTED", 3)
     assert "poison" in job.error.message
-    dead: Any = await redis.xrange("sdxs:dead")
+    dead: Any = await redis.xrange("{sdxs}:dead")
     assert [fields[b"job"] for _, fields in dead] == [b"poison"]
-    assert await redis.xlen("sdxs:jobs") == 0
+    assert await queue.backlog() == 0
 
 
 async def test_a_job_that_kills_its_workers_dies(queue: JobQueue, redis: "Redis") -> None:
@@ -204,7 +149,7 @@ async def test_a_job_that_kills_its_workers_dies(queue: JobQueue, redis: "Redis"
     assert await queue.take("worker 4", wait_s=0.1) is None
     job = await queue.get("killer")
     assert (job.state, job.deliveries) == (gateway_pb2.JOB_STATE_FAILED, 3)
-    assert await redis.xlen("sdxs:dead") == 1
+    assert await redis.xlen("{sdxs}:dead") == 1
 
 
 async def test_what_can_never_succeed_is_not_tried_again(queue: JobQueue, tmp_path: Path) -> None:
@@ -262,8 +207,7 @@ async def test_many_workers_do_each_job_once(redis: "Redis", tmp_path: Path) -> 
 
     names = [uuid.uuid4().hex for _ in range(30)]
     for name in names:
-        request = gateway_pb2.GenerateRequest(prompt=name, seed=1).SerializeToString()
-        await queue.submit(name, b"", request)
+        await queue.submit(name, b"", asking(name))
     async with contextlib.AsyncExitStack() as working:
         for _ in range(3):
             await working.enter_async_context(Working(queue, tmp_path, counted, **patient))
@@ -278,7 +222,7 @@ async def test_a_redis_that_forgot_everything_is_no_end(queue: JobQueue, redis: 
         await redis.flushall()
         await queue.submit("after", b"", REQUEST)
         assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
-    assert [group["name"] for group in await redis.xinfo_groups("sdxs:jobs")] == [GROUP.encode()]
+    assert [group["name"] for group in await redis.xinfo_groups("{sdxs}:jobs:normal")] == [GROUP.encode()]
 
 
 class Blinking(JobQueue):
@@ -313,11 +257,11 @@ async def test_one_lost_heartbeat_does_not_lose_the_job(queue: JobQueue, redis: 
 async def test_a_broken_entry_is_dropped(
     queue: JobQueue, redis: "Redis", tmp_path: Path, fields: dict[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    entry: Any = await redis.xadd("sdxs:jobs", fields)
+    entry: Any = await redis.xadd("{sdxs}:jobs:normal", fields)
     await queue.submit("after", b"", REQUEST)
     async with Working(queue, tmp_path):
         assert (await ended(queue, "after")).state == gateway_pb2.JOB_STATE_SUCCEEDED
-    assert await redis.xlen("sdxs:jobs") == 0
+    assert await queue.backlog() == 0
     assert f"entry {entry.decode()} of the queue is dropped" in caplog.text
 
 
@@ -349,7 +293,7 @@ async def test_a_forgotten_job_does_not_come_back_as_half_a_job(queue: JobQueue,
 
 async def test_a_worker_that_stops_leaves_the_group(queue: JobQueue, redis: "Redis", tmp_path: Path) -> None:
     async def consumers() -> list[bytes]:
-        return [consumer["name"] for consumer in await redis.xinfo_consumers("sdxs:jobs", GROUP)]
+        return [consumer["name"] for consumer in await redis.xinfo_consumers("{sdxs}:jobs:normal", GROUP)]
 
     await queue.submit("one", b"", REQUEST)
     async with Working(queue, tmp_path):

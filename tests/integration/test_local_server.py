@@ -158,6 +158,20 @@ def test_a_job_ends_as_a_file_behind_a_url(client: Client, tiny_bundle: Path) ->
         assert (image.size, image.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
 
+def test_a_batch_ends_as_files_behind_urls(client: Client, tiny_bundle: Path) -> None:
+    prompts = ["red apple", "green apple", "red apple"]
+    job_id = client.submit_batch(prompts, seed=11, format="png", deterministic=True, priority="high")
+    [*_, job] = client.watch_job(job_id, timeout=60)
+    assert (job.state, job.progress.done) == (gateway_pb2.JOB_STATE_SUCCEEDED, 3)
+    for prompt, item in zip(prompts, job.items, strict=True):
+        data = urllib.request.urlopen(item.images[0].url, timeout=10).read()
+        assert data == in_process(tiny_bundle, prompt, 11, images.PNG)
+        assert item.receipt.prompt == prompt
+    with pytest.raises(InvalidRequest) as caught:
+        client.submit_batch(["red apple", "a " * 20])
+    assert caught.value.field == "requests[1].prompt"
+
+
 def test_a_job_sent_twice_is_one_job(client: Client) -> None:
     first = client.submit_job(PROMPT, request_id="once")
     assert client.submit_job(PROMPT, request_id="once") == first == "once"
@@ -193,8 +207,9 @@ async def test_both_clients_say_that_nobody_serves() -> None:
 
 
 def test_the_async_client_has_all_that_the_blocking_one_has() -> None:
-    def public(client: type) -> dict[str, object]:
-        return {name: inspect.signature(method) for name, method in vars(client).items() if not name.startswith("_")}
+    def public(client: type) -> dict[str, str]:
+        methods = {name: method for name, method in vars(client).items() if not name.startswith("_")}
+        return {name: str(inspect.signature(method)).replace("AsyncIterator", "Iterator") for name, method in methods.items()}
 
     assert public(AsyncClient) == public(Client)
 

@@ -19,7 +19,11 @@ def help_of(*words: str) -> str:
     return result.stdout
 
 
-SUBCOMMANDS = {"models": ["list", "show", "publish", "promote", "rollback"], "data": ["check", "show"]}
+SUBCOMMANDS = {
+    "models": ["list", "show", "publish", "promote", "rollback"],
+    "data": ["check", "show"],
+    "jobs": ["list", "show", "watch", "cancel", "dead list", "dead show", "dead replay"],
+}
 CALLS = [f"{command} {word}".strip() for command in COMMANDS for word in SUBCOMMANDS.get(command, [""])]
 
 

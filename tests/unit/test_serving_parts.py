@@ -1,6 +1,7 @@
 """Small parts of serving: scaling, the prompt cache, health, errors across the wire."""
 
 import asyncio
+import pickle
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from google.rpc import status_pb2
 from ray.serve.config import AutoscalingConfig
 
 from sdxs import errors, rpc
-from sdxs.errors import Internal, InvalidRequest, NotFound, SdxsError, Unavailable
+from sdxs.errors import Internal, InvalidRequest, NotFound, Overloaded, SdxsError, Unavailable
 from sdxs.v1 import control_pb2, decoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.peers import Payload
@@ -202,6 +203,19 @@ def test_each_error_arrives_as_it_left(kind: type[SdxsError]) -> None:
 def test_the_model_that_is_not_served_arrives_as_the_field_at_fault() -> None:
     arrived = rpc.from_rpc_error(Failed(UnknownModel("not here")))
     assert (type(arrived), arrived.field) == (NotFound, "model")
+
+
+def test_when_to_try_again_arrives_with_the_field_at_fault() -> None:
+    sent = pickle.loads(pickle.dumps(Overloaded("full", retry_after_s=2.25)))  # as from one Ray process to another
+    sent.field = "requests"
+    arrived = rpc.from_rpc_error(Failed(sent))
+    assert (type(arrived), arrived.field, arrived.retry_after_s) == (Overloaded, "requests", 2.25)
+    assert rpc.from_rpc_error(Failed(NotFound("no"))).retry_after_s is None
+    assert (Overloaded().retry_after_s, Unavailable().retry_after_s, InvalidRequest("a", 1, "2").retry_after_s) == (
+        0.5,
+        1.0,
+        None,
+    )
 
 
 def test_no_two_errors_share_a_code() -> None:

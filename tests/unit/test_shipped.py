@@ -17,6 +17,7 @@ from trainer import recipe as recipes
 from trainer.evaluation.card import read_rows
 from trainer.evaluation.metrics.edges import mean_edge_f1
 from trainer.evaluation.scoring import embedded_judge
+from trainer.recipe import ControlNetRecipe
 
 BUNDLE = Path(sdxs.__file__).parent / "bundles" / "emoji"
 ASSETS = Path(trainer.__file__).parent / "assets"
@@ -58,6 +59,7 @@ def test_the_bundle_ships_with_all_rows_of_its_evaluation() -> None:
 def test_a_teachers_controlnet_ships_with_recipe_log_and_card(world: str) -> None:
     folder = ASSETS / world / "controlnet"
     recipe = recipes.load(f"{world}-teacher-controlnet")
+    assert isinstance(recipe, ControlNetRecipe)
     assert json.loads((folder / "recipe.json").read_text()) == recipe.model_dump(mode="json")
     assert json.loads((folder / "control_types.json").read_text()) == list(recipe.conditions)
     assert f'{{"step": {recipe.controlnet.steps}, ' in (folder / "training.txt").read_text()
