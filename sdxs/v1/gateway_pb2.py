@@ -25,45 +25,46 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from sdxs.v1 import control_pb2 as sdxs_dot_v1_dot_control__pb2
 from sdxs.v1 import decoder_pb2 as sdxs_dot_v1_dot_decoder__pb2
+from sdxs.v1 import stream_pb2 as sdxs_dot_v1_dot_stream__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/gateway.proto\x12\x07sdxs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\"\x8f\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12$\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\"\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\n \x01(\x0c\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_strength\"U\n\x10GenerateResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12!\n\x07receipt\x18\x02 \x01(\x0b\x32\x10.sdxs.v1.Receipt\"\xb1\x02\n\x07Receipt\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x12\n\nunet_batch\x18\x07 \x01(\r\x12\x15\n\rdecoder_batch\x18\x08 \x01(\r\x12\x15\n\rdeterministic\x18\t \x01(\x08\x12\x0f\n\x07seconds\x18\n \x01(\x01\x12\x18\n\x10\x63ontrolnet_batch\x18\x0b \x01(\r\x12)\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x17.sdxs.v1.AppliedControl\x12\x19\n\x11init_image_sha256\x18\r \x01(\t\x12\x10\n\x08strength\x18\x0e \x01(\x02\"|\n\x0e\x41ppliedControl\x12\x12\n\ncontrolnet\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\r\n\x05guess\x18\x04 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x05 \x01(\x08\x12\x14\n\x0cimage_sha256\x18\x06 \x01(\t\"Q\n\x10SubmitJobRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"E\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x99\x02\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x03 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.sdxs.v1.JobError\x12\x12\n\ndeliveries\x18\x06 \x01(\r\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x99\x01\n\x08JobImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0burl_expires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"8\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Model\"\x89\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12(\n\x0b\x63ontrolnets\x18\x06 \x03(\x0b\x32\x13.sdxs.v1.ControlNet\")\n\nControlNet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05types\x18\x02 \x03(\t*\x81\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x32\x97\x02\n\x0eGatewayService\x12?\n\x08Generate\x12\x18.sdxs.v1.GenerateRequest\x1a\x19.sdxs.v1.GenerateResponse\x12\x42\n\tSubmitJob\x12\x19.sdxs.v1.SubmitJobRequest\x1a\x1a.sdxs.v1.SubmitJobResponse\x12\x39\n\x06GetJob\x12\x16.sdxs.v1.GetJobRequest\x1a\x17.sdxs.v1.GetJobResponse\x12\x45\n\nListModels\x12\x1a.sdxs.v1.ListModelsRequest\x1a\x1b.sdxs.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/gateway.proto\x12\x07sdxs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\x1a\x14sdxs/v1/stream.proto\"\x8f\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12$\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\"\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\n \x01(\x0c\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_strength\"U\n\x10GenerateResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12!\n\x07receipt\x18\x02 \x01(\x0b\x32\x10.sdxs.v1.Receipt\"\xb1\x02\n\x07Receipt\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x12\n\nunet_batch\x18\x07 \x01(\r\x12\x15\n\rdecoder_batch\x18\x08 \x01(\r\x12\x15\n\rdeterministic\x18\t \x01(\x08\x12\x0f\n\x07seconds\x18\n \x01(\x01\x12\x18\n\x10\x63ontrolnet_batch\x18\x0b \x01(\r\x12)\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x17.sdxs.v1.AppliedControl\x12\x19\n\x11init_image_sha256\x18\r \x01(\t\x12\x10\n\x08strength\x18\x0e \x01(\x02\"|\n\x0e\x41ppliedControl\x12\x12\n\ncontrolnet\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\r\n\x05guess\x18\x04 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x05 \x01(\x08\x12\x14\n\x0cimage_sha256\x18\x06 \x01(\t\"Q\n\x10SubmitJobRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"E\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x99\x02\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x03 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.sdxs.v1.JobError\x12\x12\n\ndeliveries\x18\x06 \x01(\r\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x99\x01\n\x08JobImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0burl_expires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"8\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Model\"\x89\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12(\n\x0b\x63ontrolnets\x18\x06 \x03(\x0b\x32\x13.sdxs.v1.ControlNet\")\n\nControlNet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05types\x18\x02 \x03(\t*\x81\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x32\xd6\x02\n\x0eGatewayService\x12?\n\x08Generate\x12\x18.sdxs.v1.GenerateRequest\x1a\x19.sdxs.v1.GenerateResponse\x12\x42\n\tSubmitJob\x12\x19.sdxs.v1.SubmitJobRequest\x1a\x1a.sdxs.v1.SubmitJobResponse\x12\x39\n\x06GetJob\x12\x16.sdxs.v1.GetJobRequest\x1a\x17.sdxs.v1.GetJobResponse\x12\x45\n\nListModels\x12\x1a.sdxs.v1.ListModelsRequest\x1a\x1b.sdxs.v1.ListModelsResponse\x12=\n\x06Stream\x12\x16.sdxs.v1.StreamRequest\x1a\x17.sdxs.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1852
-  _globals['_JOBSTATE']._serialized_end=1981
-  _globals['_GENERATEREQUEST']._serialized_start=114
-  _globals['_GENERATEREQUEST']._serialized_end=385
-  _globals['_GENERATERESPONSE']._serialized_start=387
-  _globals['_GENERATERESPONSE']._serialized_end=472
-  _globals['_RECEIPT']._serialized_start=475
-  _globals['_RECEIPT']._serialized_end=780
-  _globals['_APPLIEDCONTROL']._serialized_start=782
-  _globals['_APPLIEDCONTROL']._serialized_end=906
-  _globals['_SUBMITJOBREQUEST']._serialized_start=908
-  _globals['_SUBMITJOBREQUEST']._serialized_end=989
-  _globals['_SUBMITJOBRESPONSE']._serialized_start=991
-  _globals['_SUBMITJOBRESPONSE']._serialized_end=1060
-  _globals['_GETJOBREQUEST']._serialized_start=1062
-  _globals['_GETJOBREQUEST']._serialized_end=1093
-  _globals['_GETJOBRESPONSE']._serialized_start=1096
-  _globals['_GETJOBRESPONSE']._serialized_end=1377
-  _globals['_JOBIMAGE']._serialized_start=1380
-  _globals['_JOBIMAGE']._serialized_end=1533
-  _globals['_JOBERROR']._serialized_start=1535
-  _globals['_JOBERROR']._serialized_end=1591
-  _globals['_LISTMODELSREQUEST']._serialized_start=1593
-  _globals['_LISTMODELSREQUEST']._serialized_end=1612
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1614
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1666
-  _globals['_MODEL']._serialized_start=1669
-  _globals['_MODEL']._serialized_end=1806
-  _globals['_CONTROLNET']._serialized_start=1808
-  _globals['_CONTROLNET']._serialized_end=1849
-  _globals['_GATEWAYSERVICE']._serialized_start=1984
-  _globals['_GATEWAYSERVICE']._serialized_end=2263
+  _globals['_JOBSTATE']._serialized_start=1874
+  _globals['_JOBSTATE']._serialized_end=2003
+  _globals['_GENERATEREQUEST']._serialized_start=136
+  _globals['_GENERATEREQUEST']._serialized_end=407
+  _globals['_GENERATERESPONSE']._serialized_start=409
+  _globals['_GENERATERESPONSE']._serialized_end=494
+  _globals['_RECEIPT']._serialized_start=497
+  _globals['_RECEIPT']._serialized_end=802
+  _globals['_APPLIEDCONTROL']._serialized_start=804
+  _globals['_APPLIEDCONTROL']._serialized_end=928
+  _globals['_SUBMITJOBREQUEST']._serialized_start=930
+  _globals['_SUBMITJOBREQUEST']._serialized_end=1011
+  _globals['_SUBMITJOBRESPONSE']._serialized_start=1013
+  _globals['_SUBMITJOBRESPONSE']._serialized_end=1082
+  _globals['_GETJOBREQUEST']._serialized_start=1084
+  _globals['_GETJOBREQUEST']._serialized_end=1115
+  _globals['_GETJOBRESPONSE']._serialized_start=1118
+  _globals['_GETJOBRESPONSE']._serialized_end=1399
+  _globals['_JOBIMAGE']._serialized_start=1402
+  _globals['_JOBIMAGE']._serialized_end=1555
+  _globals['_JOBERROR']._serialized_start=1557
+  _globals['_JOBERROR']._serialized_end=1613
+  _globals['_LISTMODELSREQUEST']._serialized_start=1615
+  _globals['_LISTMODELSREQUEST']._serialized_end=1634
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1636
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1688
+  _globals['_MODEL']._serialized_start=1691
+  _globals['_MODEL']._serialized_end=1828
+  _globals['_CONTROLNET']._serialized_start=1830
+  _globals['_CONTROLNET']._serialized_end=1871
+  _globals['_GATEWAYSERVICE']._serialized_start=2006
+  _globals['_GATEWAYSERVICE']._serialized_end=2348
 # @@protoc_insertion_point(module_scope)

@@ -4,8 +4,8 @@ The gRPC server and a caller in the same process come in by the same door, so bo
 """
 
 import re
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -16,16 +16,31 @@ from services.fabric.deadline import Deadline
 from services.fabric.wire import broken_field
 
 Method = Callable[[Any, Deadline], Awaitable[Message]]
+Stream = Callable[[AsyncIterator[Any], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+Send = Callable[[bytes], Awaitable[None]]
+
+
+@runtime_checkable
+class Drains(Protocol):
+    """A room with calls that last as long as their clients want."""
+
+    async def drain(self, grace_s: float) -> None:
+        """Tell them that it is over, return when they have ended or `grace_s` seconds have passed."""
+        ...
 
 
 class Endpoint:
-    """One proto service, implemented by an object with a snake_case method per rpc: (request, deadline) -> response."""
+    """One proto service, implemented by an object with a snake_case method per rpc: (request, deadline) -> response.
+
+    An rpc that streams both ways is (requests, send), and how many there may be is the room's to say: one that waits costs nothing.
+    """
 
     def __init__(self, descriptor: ServiceDescriptor, room: object, max_in_flight: int) -> None:
         self.descriptor = descriptor
         self.in_flight = 0
         self._max_in_flight = max_in_flight
-        self._methods: dict[str, tuple[type[Message], Method]] = {
+        self._room = room
+        self._methods: dict[str, tuple[type[Message], Method | Stream]] = {
             rpc.name: (GetMessageClass(rpc.input_type), getattr(room, _snake_case(rpc.name))) for rpc in descriptor.methods
         }
 
@@ -33,13 +48,24 @@ class Endpoint:
         """One call. Raises Overloaded over the limit, InvalidRequest on bytes that do not parse, and what the room raises."""
         if self.in_flight >= self._max_in_flight:
             raise Overloaded(f"{self.in_flight} calls are in flight already, at most {self._max_in_flight} may be")
-        request_type, method = self._methods[name]
+        request_type, method = cast("tuple[type[Message], Method]", self._methods[name])
         self.in_flight += 1
         try:
             response = await method(_parse(request_type, payload), deadline)
         finally:
             self.in_flight -= 1
         return response.SerializeToString()
+
+    async def stream(self, name: str, payloads: AsyncIterator[bytes], send: Send) -> None:
+        """One streaming call, until either side ends it. Raises InvalidRequest on bytes that do not parse, and what the room raises."""
+        request_type, method = cast("tuple[type[Message], Stream]", self._methods[name])
+        requests = (_parse(request_type, payload) async for payload in payloads)
+        await method(requests, lambda response: send(response.SerializeToString()))
+
+    async def drain(self, grace_s: float) -> None:
+        """End what would not end by itself within `grace_s` seconds; for a room without streams there is no such thing."""
+        if isinstance(self._room, Drains):
+            await self._room.drain(grace_s)
 
 
 def _parse(message: type[Message], payload: bytes) -> Message:

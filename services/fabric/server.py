@@ -3,8 +3,9 @@
 Knows gRPC; does not know Ray. Errors leave translated (sdxs.rpc); what nobody foresaw leaves as INTERNAL without its text.
 """
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -18,13 +19,15 @@ from services.fabric.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
 
-RawHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Handler = Callable[[Any, Context], Awaitable[Any]]
 
 
 class DataPlane:
     """A server that answers health checks from the first moment and is SERVING when told so."""
 
     def __init__(self, endpoint: Endpoint, max_request_bytes: int) -> None:
+        self._endpoint = endpoint
         self._service = endpoint.descriptor.full_name
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", max_request_bytes), *rpc.KEEPALIVE_SERVER])
@@ -50,26 +53,46 @@ class DataPlane:
             await self._health.set(name, status)
 
     async def drain(self, grace_s: float) -> None:
-        """NOT_SERVING, no new calls, and `grace_s` seconds for those in flight."""
+        """NOT_SERVING, no new calls, and `grace_s` seconds for those in flight; streams are told to end."""
         await self.set_serving(False)
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), self._endpoint.drain(grace_s))
 
 
 def _handlers(endpoint: Endpoint) -> grpc.GenericRpcHandler:
     """Byte handlers for each rpc of the endpoint: parsing is ours, so that bad bytes get our error."""
     handlers: dict[str, Any] = {
-        method.name: grpc.unary_unary_rpc_method_handler(_handler(endpoint, method.name))
+        method.name: grpc.stream_stream_rpc_method_handler(_translated(method.name, _stream(endpoint, method.name)))
+        if method.client_streaming and method.server_streaming
+        else grpc.unary_unary_rpc_method_handler(_translated(method.name, _call(endpoint, method.name)))
         for method in endpoint.descriptor.methods
     }
     return grpc.method_handlers_generic_handler(endpoint.descriptor.full_name, handlers)
 
 
-def _handler(endpoint: Endpoint, name: str) -> RawHandler:
-    """One rpc: the caller's deadline in, the translated error out."""
+def _call(endpoint: Endpoint, name: str) -> Handler:
+    """One rpc with one answer: the caller's deadline goes in."""
 
-    async def handle(payload: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
+    async def handle(payload: bytes, context: Context) -> bytes:
+        return await endpoint.call(name, payload, Deadline.after(context.time_remaining()))
+
+    return handle
+
+
+def _stream(endpoint: Endpoint, name: str) -> Handler:
+    """One rpc that streams both ways; a client that leaves cancels it."""
+
+    async def handle(payloads: AsyncIterator[bytes], context: Context) -> None:
+        await endpoint.stream(name, payloads, context.write)
+
+    return handle
+
+
+def _translated(name: str, handler: Handler) -> Handler:
+    """The same, its errors as gRPC statuses."""
+
+    async def handle(incoming: Any, context: Context) -> Any:
         try:
-            return await endpoint.call(name, payload, Deadline.after(context.time_remaining()))
+            return await handler(incoming, context)
         except SdxsError as error:
             logger.info("%s: %s: %s", name, error.code, error)
             await context.abort(*rpc.to_status(error))
