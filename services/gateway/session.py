@@ -96,6 +96,8 @@ class Session:
 
     def admit(self) -> None:
         """Begin to draw."""
+        if self.phase != stream_pb2.SESSION_PHASE_QUEUED:
+            return  # it is about to leave
         self.phase, self._position = stream_pb2.SESSION_PHASE_ACTIVE, 0
         self._heard = time.monotonic()
         self._tell_state()
@@ -103,14 +105,15 @@ class Session:
 
     def tell_position(self, position: int) -> None:
         """While it waits to be admitted."""
-        self._position = position
-        self._tell_state()
+        if self.phase == stream_pb2.SESSION_PHASE_QUEUED:
+            self._position = position
+            self._tell_state()
 
     def drain(self) -> None:
         """Let the frames that are computing end, and then the session."""
         if self._ended.done():
             return
-        self.phase = stream_pb2.SESSION_PHASE_DRAINING
+        self.phase, self._position = stream_pb2.SESSION_PHASE_DRAINING, 0
         self._tell_state()
         self._drop_pending(stream_pb2.DROP_REASON_CLOSED)
         self._pump()
@@ -159,7 +162,7 @@ class Session:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._idle_s / 10):
                     await self._still.wait()
-        self.phase = stream_pb2.SESSION_PHASE_CLOSED
+        self.phase, self._position = stream_pb2.SESSION_PHASE_CLOSED, 0
         goodbye = self._tell_state(reason=reason)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):

@@ -33,6 +33,11 @@ class Sessions:
         self._draining = False
 
     @property
+    def held(self) -> int:
+        """Frames of all sessions that wait, are drawn, or are not yet sent."""
+        return sum(session.held for session in [*self._active, *self._queue])
+
+    @property
     def counts(self) -> Counts:
         """Since the start."""
         return self._shared.counts
