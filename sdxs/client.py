@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import grpc
 import PIL.Image
@@ -22,7 +22,10 @@ from google.protobuf.message import Message
 from sdxs import rpc
 from sdxs.control import Control
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
+from sdxs.v1 import decoder_pb2, gateway_pb2
+
+if TYPE_CHECKING:
+    from sdxs.streaming import AsyncStream, Look, Stream
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
 _SERVICE = "sdxs.v1.GatewayService"
@@ -125,6 +128,17 @@ class Client:
             time.sleep(pause)
         raise AssertionError("the pauses do not end")
 
+    def stream(self, model: str = "", patience: float = 60.0, **look: "Unpack[Look]") -> "Stream":
+        """Images in real time; use it in a `with` block (sdxs.streaming). Raises InvalidRequest.
+
+        Args:
+            patience: seconds for which it looks for a server, when the one it has is gone.
+            look: what the frames have in common.
+        """
+        from sdxs.streaming import Conversation, Stream, settings_of
+
+        return Stream(self._channel, Conversation(model, settings_of(look)), patience)
+
     def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:
         """What the server serves, its default first. Raises SdxsError."""
         answer = self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
@@ -208,6 +222,12 @@ class AsyncClient:
             await asyncio.sleep(pause)
         raise AssertionError("the pauses do not end")
 
+    def stream(self, model: str = "", patience: float = 60.0, **look: "Unpack[Look]") -> "AsyncStream":
+        """See Client.stream; in an `async with` block."""
+        from sdxs.streaming import AsyncStream, Conversation, settings_of
+
+        return AsyncStream(self._channel, Conversation(model, settings_of(look)), patience)
+
     async def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:  # noqa: ASYNC109
         """See Client.list_models."""
         answer = await self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
@@ -245,15 +265,15 @@ def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
     for i, control in enumerate(fields.pop("controls", None) or ()):
         if not isinstance(control, Control):
             raise InvalidRequest(f"controls[{i}]", control, "an sdxs.control.Control")
-        _fill(message.controls.add(), asdict(control), f"controls[{i}].")
+        fill(message.controls.add(), asdict(control), f"controls[{i}].")
     if "format" in options:
-        fields["format"] = _format(options["format"])
-    _fill(message, fields)
+        fields["format"] = format_number(options["format"])
+    fill(message, fields)
     return message
 
 
-def _fill(message: gateway_pb2.GenerateRequest | control_pb2.Control, fields: dict[str, Any], prefix: str = "") -> None:
-    """Raises InvalidRequest that names the field, after `prefix`."""
+def fill(message: Message, fields: dict[str, Any], prefix: str = "") -> None:
+    """Set those that are not None. Raises InvalidRequest that names the field, after `prefix`."""
     for name, value in fields.items():
         if value is None:
             continue
@@ -263,7 +283,7 @@ def _fill(message: gateway_pb2.GenerateRequest | control_pb2.Control, fields: di
             raise InvalidRequest(prefix + name, value, "a value of the type and range of gateway.proto") from None
 
 
-def _format(name: str) -> int:
+def format_number(name: str) -> int:
     """jpeg -> IMAGE_FORMAT_JPEG."""
     formats = {key.removeprefix("IMAGE_FORMAT_").lower(): value for key, value in decoder_pb2.ImageFormat.items()}
     if name not in formats:
@@ -273,16 +293,13 @@ def _format(name: str) -> int:
 
 def _generated(response: gateway_pb2.GenerateResponse) -> Generated:
     """Without protobuf, but for the receipt."""
-    images = [
-        Image(
-            image.data,
-            decoder_pb2.ImageFormat.Name(image.format).removeprefix("IMAGE_FORMAT_").lower(),
-            image.width,
-            image.height,
-        )
-        for image in response.images
-    ]
-    return Generated(images, response.receipt)
+    return Generated([image_of(image) for image in response.images], response.receipt)
+
+
+def image_of(image: decoder_pb2.Image) -> Image:
+    """Without protobuf."""
+    image_format = decoder_pb2.ImageFormat.Name(image.format).removeprefix("IMAGE_FORMAT_").lower()
+    return Image(image.data, image_format, image.width, image.height)
 
 
 def _pauses() -> Any:

@@ -52,13 +52,19 @@ def from_rpc_error(error: Any) -> SdxsError:
     """The SdxsError a failed call stands for; takes the RpcError of grpc and the AioRpcError of grpc.aio."""
     message = error.details() or error.code().name
     fields = violations(error.trailing_metadata())
-    kind = _class_of(error.code().name)
+    field, description = (fields[0].field, fields[0].description) if fields else ("", message)
+    return from_words(error.code().name, message, field, description)
+
+
+def from_words(code: str, message: str, field: str = "", allowed: str = "") -> SdxsError:
+    """The SdxsError of a status code's name, in the server's words."""
+    kind = _class_of(code)
     if issubclass(kind, InvalidRequest):
-        found = kind(fields[0].field, None, fields[0].description) if fields else kind("", None, message)
-        found.args = (message,)  # the server's words, which show the value
+        found = kind(field, None, allowed or message)
+        found.args = (message,)  # they show the value
         return found
     arrived = kind(message)
-    arrived.field = fields[0].field if fields else ""
+    arrived.field = field
     return arrived
 
 

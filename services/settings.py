@@ -49,6 +49,9 @@ class ServingSettings(Settings):
     stream_max_skips: int = Field(30, ge=1)
     """After so many in a row the next frame is drawn, similar or not."""
 
+    http_origins: str = ""
+    """Origins of pages that may open streams, with commas between them, `*` for any; those of the same host and port always may."""
+
     job_visibility_s: float = 30.0
     """A job whose worker has not been heard of for so long is given to another."""
     job_max_deliveries: int = 3

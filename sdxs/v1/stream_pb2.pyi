@@ -132,7 +132,7 @@ class StreamResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[SessionState, _Mapping]] = ..., image: _Optional[_Union[FrameImage, _Mapping]] = ..., dropped: _Optional[_Union[FrameDropped, _Mapping]] = ..., error: _Optional[_Union[FrameError, _Mapping]] = ...) -> None: ...
 
 class SessionState(_message.Message):
-    __slots__ = ("phase", "session_id", "position", "resume_token", "reason", "error", "last_answered")
+    __slots__ = ("phase", "session_id", "position", "resume_token", "reason", "error", "last_answered", "settings_taken")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class SessionState(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     LAST_ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_TAKEN_FIELD_NUMBER: _ClassVar[int]
     phase: SessionPhase
     session_id: str
     position: int
@@ -147,7 +148,8 @@ class SessionState(_message.Message):
     reason: ClosedReason
     error: StreamError
     last_answered: int
-    def __init__(self, phase: _Optional[_Union[SessionPhase, str]] = ..., session_id: _Optional[str] = ..., position: _Optional[int] = ..., resume_token: _Optional[str] = ..., reason: _Optional[_Union[ClosedReason, str]] = ..., error: _Optional[_Union[StreamError, _Mapping]] = ..., last_answered: _Optional[int] = ...) -> None: ...
+    settings_taken: int
+    def __init__(self, phase: _Optional[_Union[SessionPhase, str]] = ..., session_id: _Optional[str] = ..., position: _Optional[int] = ..., resume_token: _Optional[str] = ..., reason: _Optional[_Union[ClosedReason, str]] = ..., error: _Optional[_Union[StreamError, _Mapping]] = ..., last_answered: _Optional[int] = ..., settings_taken: _Optional[int] = ...) -> None: ...
 
 class FrameImage(_message.Message):
     __slots__ = ("frame_id", "image", "seed", "unet_batch", "decoder_batch", "controlnet_batch", "queued_seconds", "total_seconds")

@@ -5,7 +5,7 @@ The gRPC server and a caller in the same process come in by the same door, so bo
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -15,6 +15,7 @@ from sdxs.errors import InvalidRequest, Overloaded
 from services.fabric.deadline import Deadline
 from services.fabric.wire import broken_field
 
+Parsed = TypeVar("Parsed", bound=Message)
 Method = Callable[[Any, Deadline], Awaitable[Message]]
 Stream = Callable[[AsyncIterator[Any], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 Send = Callable[[bytes], Awaitable[None]]
@@ -51,7 +52,7 @@ class Endpoint:
         request_type, method = cast("tuple[type[Message], Method]", self._methods[name])
         self.in_flight += 1
         try:
-            response = await method(_parse(request_type, payload), deadline)
+            response = await method(parse(request_type, payload), deadline)
         finally:
             self.in_flight -= 1
         return response.SerializeToString()
@@ -59,7 +60,7 @@ class Endpoint:
     async def stream(self, name: str, payloads: AsyncIterator[bytes], send: Send) -> None:
         """One streaming call, until either side ends it. Raises InvalidRequest on bytes that do not parse, and what the room raises."""
         request_type, method = cast("tuple[type[Message], Stream]", self._methods[name])
-        requests = (_parse(request_type, payload) async for payload in payloads)
+        requests = (parse(request_type, payload) async for payload in payloads)
         await method(requests, lambda response: send(response.SerializeToString()))
 
     async def drain(self, grace_s: float) -> None:
@@ -68,7 +69,7 @@ class Endpoint:
             await self._room.drain(grace_s)
 
 
-def _parse(message: type[Message], payload: bytes) -> Message:
+def parse(message: type[Parsed], payload: bytes) -> Parsed:
     """The message. Raises InvalidRequest that names the broken field."""
     try:
         return message.FromString(payload)

@@ -37,16 +37,6 @@ class Frame:
     arrived: float = field(default_factory=time.monotonic)
 
 
-def merged(settings: stream_pb2.StreamSettings, changes: stream_pb2.StreamSettings) -> stream_pb2.StreamSettings:
-    """What is set in `changes` in place of what is in `settings`."""
-    found = stream_pb2.StreamSettings()
-    found.CopyFrom(settings)
-    if changes.HasField("controls"):
-        found.ClearField("controls")  # protobuf would append to the list
-    found.MergeFrom(changes)
-    return found
-
-
 class Reader:
     """Turns messages into orders, for one model.
 

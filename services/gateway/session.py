@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdxs.errors import InvalidRequest, SdxsError
+from sdxs.streaming import merged
 from sdxs.v1 import stream_pb2
 from services.gateway.counts import Counts
-from services.gateway.frames import Frame, Reader, Tokens, merged, prefixed
+from services.gateway.frames import Frame, Reader, Tokens, prefixed
 from services.gateway.outbox import Outbox, Send
 from services.gateway.painter import Draws, Painter, dropped, failed
 from services.gateway.similarity import SimilarityFilter
@@ -56,6 +57,7 @@ class Session:
         self.phase: stream_pb2.SessionPhase = stream_pb2.SESSION_PHASE_QUEUED
         self._position = 0
         self._look = opened.look
+        self._settings_taken = 0
         self._last_answered = self._last_id = opened.last_answered
         self._reader = opened.reader
         similarity = SimilarityFilter(settings.stream_similarity, settings.stream_max_skips)
@@ -194,6 +196,7 @@ class Session:
 
     def _configure(self, changes: stream_pb2.StreamSettings) -> None:
         """For the frames to come; what cannot be drawn changes nothing."""
+        self._settings_taken += 1
         wanted = merged(self._look, changes)
         try:
             self._reader.check(wanted)
@@ -310,6 +313,7 @@ class Session:
             resume_token=self._shared.tokens.make(self._reader.model, self._look, self._last_answered),
             reason=reason,
             last_answered=self._last_answered,
+            settings_taken=self._settings_taken,
         )
         return self._tell(stream_pb2.StreamResponse(state=state))
 

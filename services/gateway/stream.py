@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping
 
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, SdxsError, Unavailable
+from sdxs.streaming import merged
 from sdxs.v1 import stream_pb2
 from services.gateway.checks import ServedModel
 from services.gateway.counts import Counts
-from services.gateway.frames import Reader, Tokens, merged, prefixed
+from services.gateway.frames import Reader, Tokens, prefixed
 from services.gateway.outbox import Send
 from services.gateway.painter import Draws
 from services.gateway.session import Opened, Requests, Session, Shared
