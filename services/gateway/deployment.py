@@ -10,6 +10,7 @@ from services.fabric.endpoint import Endpoint
 from services.fabric.replica import Replica
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.health import keep_health
+from services.gateway.metrics import StreamMetrics
 from services.gateway.service import DESCRIPTOR, GatewayService, open_desk, served_model
 from services.gateway.web import WebServer
 from services.settings import ServingSettings
@@ -39,6 +40,7 @@ class GatewayReplica(Replica):
         limit = settings.gateway_max_message_bytes
         plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest, limit)
         self._health = asyncio.create_task(keep_health(service, plane))
+        self._metrics = asyncio.create_task(StreamMetrics(service.sessions).export())
         self._web = WebServer(service.sessions, settings)
         if settings.gateway_http_address:
             await self._web.start(settings.gateway_http_address)
@@ -51,6 +53,7 @@ class GatewayReplica(Replica):
     async def __del__(self) -> None:
         """Stop: health first, then the calls in flight and the streams, then the channels."""
         self._health.cancel()
+        self._metrics.cancel()
         await super().__del__()
         await self._web.stop()
         await self._service.close()

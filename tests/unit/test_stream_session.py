@@ -441,3 +441,33 @@ async def _check(actions: list[str], in_flight: int) -> None:
         if newest and wanted[newest][0] == "frame":
             assert ("image", newest) in answers or ("error", newest, "UNAVAILABLE", "") in answers
         assert sessions.counts.answered.total() == sessions.counts.frames == sent
+
+
+async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.util import metrics
+
+    from services.gateway.metrics import StreamMetrics
+
+    told: list[tuple[str, float, str]] = []
+
+    def count(counter: metrics.Counter, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        told.append((counter.info["name"], value, (tags or {}).get("outcome", "")))
+
+    monkeypatch.setattr(metrics.Counter, "inc", count)
+    steps = Steps()
+    sessions = sessions_of(steps)
+    published = StreamMetrics(sessions)
+    async with calling(sessions) as caller:
+        await caller.say(frame(1), frame(2), frame(3), frame(4, prompt=" "))
+        await steps.draw()
+        published.tell()
+        assert sorted(told) == [
+            ("sdxs_stream_answers", 1, "error"), ("sdxs_stream_answers", 1, "overtaken"), ("sdxs_stream_answers", 2, "image"),
+            ("sdxs_stream_frames", 4, ""), ("sdxs_stream_sessions", 1, ""),
+        ]  # fmt: skip
+        told.clear()
+        published.tell()
+        assert told == []
+        await caller.say(frame(5))
+        published.tell()
+        assert told == [("sdxs_stream_frames", 1, "")]
