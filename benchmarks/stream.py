@@ -154,7 +154,8 @@ async def overload(model: str, seconds: float, times: float) -> list[dict[str, A
 
 async def _flood(stream: AsyncStream, fps: float, seconds: float, pid: int) -> list[dict[str, Any]]:
     """Send at that rate, whatever comes back."""
-    began, sent = time.perf_counter(), {}
+    began = time.perf_counter()
+    sent: dict[int, float] = {}
     rows: list[tuple[float, float | None]] = []
     memory: list[tuple[float, float]] = []
 

@@ -3,6 +3,7 @@
 The gRPC server and a caller in the same process come in by the same door, so both see the same limits and the same errors.
 """
 
+import contextlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -60,8 +61,8 @@ class Endpoint:
     async def stream(self, name: str, payloads: AsyncIterator[bytes], send: Send) -> None:
         """One streaming call, until either side ends it. Raises InvalidRequest on bytes that do not parse, and what the room raises."""
         request_type, method = cast("tuple[type[Message], Stream]", self._methods[name])
-        requests = (parse(request_type, payload) async for payload in payloads)
-        await method(requests, lambda response: send(response.SerializeToString()))
+        async with contextlib.aclosing(parse(request_type, payload) async for payload in payloads) as requests:
+            await method(requests, lambda response: send(response.SerializeToString()))
 
     async def drain(self, grace_s: float) -> None:
         """End what would not end by itself within `grace_s` seconds; for a room without streams there is no such thing."""

@@ -4,8 +4,9 @@ Knows gRPC; does not know Ray. Errors leave translated (sdxs.rpc); what nobody f
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -81,10 +82,17 @@ def _call(endpoint: Endpoint, name: str) -> Handler:
 def _stream(endpoint: Endpoint, name: str) -> Handler:
     """One rpc that streams both ways; a client that leaves cancels it."""
 
-    async def handle(payloads: AsyncIterator[bytes], context: Context) -> None:
-        await endpoint.stream(name, payloads, context.write)
+    async def handle(_: object, context: Context) -> None:
+        async with contextlib.aclosing(_payloads(context)) as payloads:
+            await endpoint.stream(name, payloads, context.write)
 
     return handle
+
+
+async def _payloads(context: Context) -> AsyncGenerator[bytes, None]:
+    """What the client sends. grpc.aio's own iterator cannot be closed before its end."""
+    while (payload := await context.read()) is not grpc.aio.EOF:  # type: ignore[comparison-overlap]
+        yield payload
 
 
 def _translated(name: str, handler: Handler) -> Handler:

@@ -48,4 +48,4 @@ class StreamMetrics:
         new = number - self._told.get((name, outcome), 0)
         if new:
             self._told[name, outcome] = number
-            self._counters[name].inc(new, {"outcome": outcome} if outcome else None)
+            self._counters[name].inc(new, {"outcome": outcome} if outcome else {})

@@ -162,7 +162,10 @@ grpcless.onclose = (event) => process.exit(event.code === 1000 ? 0 : 1);
 
 def node_has_websockets() -> bool:
     found = shutil.which("node")
-    return found is not None and not subprocess.run([found, "--experimental-websocket", "-e", "WebSocket"], capture_output=True).returncode
+    return (
+        found is not None
+        and not subprocess.run([found, "--experimental-websocket", "-e", "WebSocket"], capture_output=True).returncode
+    )
 
 
 @pytest.mark.skipif(not node_has_websockets(), reason="no node with WebSocket")
