@@ -17,7 +17,7 @@ _MAX_TEXT = 1000  # of a message: metadata is limited to 8 KB
 
 # A peer that vanished without a word (power, network) is noticed within 15 seconds.
 KEEPALIVE_CLIENT = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000)]
-KEEPALIVE_SERVER = [("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)]
+KEEPALIVE_SERVER = [("grpc.http2.min_ping_interval_without_data_ms", 5_000)]  # or such pings end a call that is silent for 40 s
 
 Metadata = tuple[tuple[str, bytes], ...]
 

@@ -450,3 +450,16 @@ def test_a_request_is_no_stream(address: str) -> None:
         unary: Any = channel.unary_unary("/sdxs.v1.GatewayService/Generate")
         request = gateway_pb2.GenerateRequest(prompt=PROMPT, seed=7).SerializeToString()
         assert gateway_pb2.GenerateResponse.FromString(unary(request, timeout=60)).images
+
+
+@pytest.mark.slow
+async def test_a_silent_session_stays_though_its_client_pings(control_bundle: Path) -> None:
+    """HTTP/2 pings, which notice a peer that has vanished, are no abuse to our server: four of them, and the session is there."""
+    options = [("grpc.keepalive_time_ms", 6_000), ("grpc.keepalive_timeout_ms", 5_000)]
+    async with served(control_bundle) as address, grpc.aio.insecure_channel(address, options=options) as channel:
+        call: Any = gateway_pb2_grpc.GatewayServiceStub(channel).Stream()  # type: ignore[no-untyped-call]
+        await call.write(opening())
+        await call.read()
+        await asyncio.sleep(32)
+        await call.write(frame(1))
+        assert said(await call.read()) == ("image", 1)
