@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast
 
 import grpc
 import PIL.Image
@@ -23,6 +23,9 @@ from sdxs import rpc
 from sdxs.control import Control
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from sdxs.v1 import decoder_pb2, gateway_pb2
+
+if TYPE_CHECKING:
+    from sdxs.streaming import AsyncStream, Look, Stream
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
 _SERVICE = "sdxs.v1.GatewayService"
@@ -162,6 +165,17 @@ class Client:
             time.sleep(pause)
         raise AssertionError("the pauses do not end")
 
+    def stream(self, model: str = "", patience: float = 60.0, **look: "Unpack[Look]") -> "Stream":
+        """Images in real time; use it in a `with` block (sdxs.streaming). Raises InvalidRequest.
+
+        Args:
+            patience: seconds for which it looks for a server, when the one it has is gone.
+            look: what the frames have in common.
+        """
+        from sdxs.streaming import Conversation, Stream, settings_of
+
+        return Stream(self._channel, Conversation(model, settings_of(look)), patience)
+
     def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:
         """What the server serves, its default first. Raises SdxsError."""
         answer = self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
@@ -278,6 +292,12 @@ class AsyncClient:
             await asyncio.sleep(pause)
         raise AssertionError("the pauses do not end")
 
+    def stream(self, model: str = "", patience: float = 60.0, **look: "Unpack[Look]") -> "AsyncStream":
+        """See Client.stream; in an `async with` block."""
+        from sdxs.streaming import AsyncStream, Conversation, settings_of
+
+        return AsyncStream(self._channel, Conversation(model, settings_of(look)), patience)
+
     async def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:  # noqa: ASYNC109
         """See Client.list_models."""
         answer = await self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
@@ -318,10 +338,10 @@ def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
     for i, control in enumerate(fields.pop("controls", None) or ()):
         if not isinstance(control, Control):
             raise InvalidRequest(f"controls[{i}]", control, "an sdxs.control.Control")
-        _fill(message.controls.add(), asdict(control), f"controls[{i}].")
+        fill(message.controls.add(), asdict(control), f"controls[{i}].")
     if "format" in options:
-        fields["format"] = _choice("format", options["format"], decoder_pb2.ImageFormat, "IMAGE_FORMAT_")
-    _fill(message, fields)
+        fields["format"] = choice("format", options["format"], decoder_pb2.ImageFormat, "IMAGE_FORMAT_")
+    fill(message, fields)
     return message
 
 
@@ -331,9 +351,9 @@ def job(prompts: Sequence[str], options: JobOptions, batch: bool) -> gateway_pb2
     about: dict[str, Any] = {name: fields.pop(name, None) for name in ("request_id", "webhook_url")}
     priority = fields.pop("priority", None)
     message = gateway_pb2.SubmitJobRequest()
-    _fill(message, about)
+    fill(message, about)
     if priority is not None:
-        message.priority = _choice("priority", priority, gateway_pb2.JobPriority, "JOB_PRIORITY_")
+        message.priority = choice("priority", priority, gateway_pb2.JobPriority, "JOB_PRIORITY_")
     requests = [request(prompt, cast("Options", fields)) for prompt in prompts]
     if batch and not requests:
         raise InvalidRequest("prompts", prompts, "at least one")
@@ -347,13 +367,13 @@ def job(prompts: Sequence[str], options: JobOptions, batch: bool) -> gateway_pb2
 def job_page(states: Sequence[str], page_size: int, page_token: str) -> gateway_pb2.ListJobsRequest:
     """The message. Raises InvalidRequest as `request` does."""
     message = gateway_pb2.ListJobsRequest()
-    _fill(message, {"page_size": page_size, "page_token": page_token})
-    message.states.extend(_choice("states", name, gateway_pb2.JobState, "JOB_STATE_") for name in states)
+    fill(message, {"page_size": page_size, "page_token": page_token})
+    message.states.extend(choice("states", name, gateway_pb2.JobState, "JOB_STATE_") for name in states)
     return message
 
 
-def _fill(message: Message, fields: dict[str, Any], prefix: str = "") -> None:
-    """Raises InvalidRequest that names the field, after `prefix`."""
+def fill(message: Message, fields: dict[str, Any], prefix: str = "") -> None:
+    """Set those that are not None. Raises InvalidRequest that names the field, after `prefix`."""
     for name, value in fields.items():
         if value is None:
             continue
@@ -363,7 +383,7 @@ def _fill(message: Message, fields: dict[str, Any], prefix: str = "") -> None:
             raise InvalidRequest(prefix + name, value, "a value of the type and range of gateway.proto") from None
 
 
-def _choice(field: str, name: str, enum: Any, prefix: str) -> Any:
+def choice(field: str, name: str, enum: Any, prefix: str) -> Any:
     """The enum's value of a name: jpeg -> IMAGE_FORMAT_JPEG. Raises InvalidRequest."""
     values = {key.removeprefix(prefix).lower(): value for key, value in enum.items()}
     if name not in values:
@@ -373,16 +393,13 @@ def _choice(field: str, name: str, enum: Any, prefix: str) -> Any:
 
 def _generated(response: gateway_pb2.GenerateResponse) -> Generated:
     """Without protobuf, but for the receipt."""
-    images = [
-        Image(
-            image.data,
-            decoder_pb2.ImageFormat.Name(image.format).removeprefix("IMAGE_FORMAT_").lower(),
-            image.width,
-            image.height,
-        )
-        for image in response.images
-    ]
-    return Generated(images, response.receipt)
+    return Generated([image_of(image) for image in response.images], response.receipt)
+
+
+def image_of(image: decoder_pb2.Image) -> Image:
+    """Without protobuf."""
+    image_format = decoder_pb2.ImageFormat.Name(image.format).removeprefix("IMAGE_FORMAT_").lower()
+    return Image(image.data, image_format, image.width, image.height)
 
 
 def _pauses() -> Any:

@@ -21,7 +21,7 @@ _MAX_TEXT = 1000  # of a message: metadata is limited to 8 KB
 
 # A peer that vanished without a word (power, network) is noticed within 15 seconds.
 KEEPALIVE_CLIENT = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000)]
-KEEPALIVE_SERVER = [("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)]
+KEEPALIVE_SERVER = [("grpc.http2.min_ping_interval_without_data_ms", 5_000)]  # or such pings end a call that is silent for 40 s
 
 Metadata = tuple[tuple[str, bytes], ...]
 TrailingMetadata = Iterable[tuple[str, str | bytes]] | None
@@ -69,14 +69,21 @@ def from_rpc_error(error: Any) -> SdxsError:
     """The SdxsError a failed call stands for; takes the RpcError of grpc and the AioRpcError of grpc.aio."""
     message = error.details() or error.code().name
     fields = violations(error.trailing_metadata())
-    kind = _class_of(error.code().name)
+    field, description = (fields[0].field, fields[0].description) if fields else ("", message)
+    arrived = from_words(error.code().name, message, field, description)
+    arrived.retry_after_s = retry_after_s(error.trailing_metadata())
+    return arrived
+
+
+def from_words(code: str, message: str, field: str = "", allowed: str = "") -> SdxsError:
+    """The SdxsError of a status code's name, in the server's words."""
+    kind = _class_of(code)
     if issubclass(kind, InvalidRequest):
-        found = kind(fields[0].field, None, fields[0].description) if fields else kind("", None, message)
-        found.args = (message,)  # the server's words, which show the value
+        found = kind(field, None, allowed or message)
+        found.args = (message,)  # they show the value
         return found
     arrived = kind(message)
-    arrived.field = fields[0].field if fields else ""
-    arrived.retry_after_s = retry_after_s(error.trailing_metadata())
+    arrived.field = field
     return arrived
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxs.errors import InvalidRequest
@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     store_url: `file:///folder` or `s3://bucket[/prefix]`; the s3_* fields say where that S3 is.
     torch_device: where networks compute: cpu, cuda, cuda:1; empty: the GPU that this process sees, else the CPU.
     torch_dtype: what they compute in; empty: float16 on a GPU, float32 on a CPU, which has no faster one. The step to x0 is always float32.
+    gateway_http_address: where browsers find the stream's WebSocket, `host:port`; empty: nowhere.
     s3_public_url: the same S3 as those see it who get presigned URLs, `http://host:port` or https; empty: by s3_endpoint.
     """
 
@@ -50,6 +51,7 @@ class Settings(BaseSettings):
     s3_public_url: str = ""
     redis_url: str = "redis://127.0.0.1:6379/0"
     gateway_address: str = "127.0.0.1:8500"
+    gateway_http_address: str = ""
     cache_dir: Path = cache_home()
     torch_threads: int = 1
     torch_device: str = Field("", pattern=r"^(cpu|cuda(:\d+)?)?$")
@@ -75,10 +77,12 @@ class Settings(BaseSettings):
             raise ValueError("http://host[:port] or https://host[:port]")
         return url.rstrip("/")
 
-    @field_validator("gateway_address")
+    @field_validator("gateway_address", "gateway_http_address")
     @classmethod
-    def _has_a_port(cls, address: str) -> str:
+    def _has_a_port(cls, address: str, info: ValidationInfo) -> str:
         """Port 0, any free one, is no address that clients could know."""
+        if not address and info.field_name == "gateway_http_address":
+            return address
         found = _ADDRESS.fullmatch(address)
         if not found or not 1 <= int(found["port"]) <= 65535:
             raise ValueError("host:port, with a port from 1 to 65535")

@@ -55,7 +55,8 @@ def serve(
         os.environ["SDXS_GATEWAY_ADDRESS"] = f"{host}:{port}"
     began = time.monotonic()
     settings = ServingSettings()
-    _check_free(settings.gateway_address)
+    for address in filter(None, (settings.gateway_address, settings.gateway_http_address)):
+        _check_free(address)
     with _stop_signals() as stop, _servers():
         run = _run_local if local else _run_on_ray
         run(str(_open(model, settings)), fused_controlnet, ServingSettings(), stop, began)

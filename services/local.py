@@ -21,6 +21,7 @@ from services.fabric.jobs import open_queue
 from services.fabric.peers import LocalStage
 from services.fabric.replica import StageService
 from services.fabric.server import DataPlane
+from services.gateway import web
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
@@ -43,14 +44,22 @@ async def serve_local(model: str, settings: ServingSettings, fused: bool = False
     await plane.start(settings.gateway_address)
     health = asyncio.create_task(keep_health(service, plane))
     try:
-        async with _working(endpoint, settings):
+        async with web.serving(service.sessions, settings), _drained(plane, settings), _working(endpoint, settings):
             yield plane
     finally:
         health.cancel()
-        await plane.drain(settings.drain_s)
         await service.close()
         for room in rooms:
             room.close()
+
+
+@contextlib.asynccontextmanager
+async def _drained(plane: DataPlane, settings: ServingSettings) -> AsyncIterator[None]:
+    """At the end the calls in flight are answered, and the streams told."""
+    try:
+        yield
+    finally:
+        await plane.drain(settings.drain_s)
 
 
 def _load(

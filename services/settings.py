@@ -1,6 +1,6 @@
 """How the servers behave: limits, times, the queue. Where things are: sdxs.settings; how many replicas: services.app."""
 
-from pydantic import SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator
 
 from sdxs import webhooks
 from sdxs.errors import InvalidRequest
@@ -33,6 +33,26 @@ class ServingSettings(Settings):
     """Most bytes of a request's control images and init image together."""
     handover_bytes: int = 256 << 20
     """Most memory a ControlNet replica shares with U-Nets on its node; 0: residuals always go in messages."""
+
+    stream_max_sessions: int = Field(64, ge=1)
+    """Most streams a gateway serves at a time."""
+    stream_max_queued: int = Field(64, ge=0)
+    """Most streams that wait for a place; more are refused with RESOURCE_EXHAUSTED."""
+    stream_in_flight: int = Field(2, ge=1)
+    """Frames of one stream between U-Net and client, so that one is decoded and sent while the next is computed."""
+    stream_idle_s: float = Field(300.0, gt=0)
+    """A stream on which the client sends nothing, or reads nothing, for so long is ended."""
+    stream_secret: SecretStr = SecretStr("")
+    """Signs resume tokens: gateways that share it take over each other's streams; empty: drawn anew by each process."""
+    stream_token_s: float = Field(3600.0, gt=0)
+    """How long a resume token is good for."""
+    stream_similarity: float = Field(0.0, ge=0)
+    """Frames whose images differ by no more from those last drawn are skipped: mean levels of 255, at 32x32. 0: none are."""
+    stream_max_skips: int = Field(30, ge=1)
+    """After so many in a row the next frame is drawn, similar or not."""
+
+    http_origins: str = ""
+    """Origins of pages that may open streams, with commas between them, `*` for any; those of the same host and port always may."""
 
     job_visibility_s: float = 30.0
     """A job whose worker has not been heard of for so long is given to another."""

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from sdxs.v1 import gateway_pb2 as sdxs_dot_v1_dot_gateway__pb2
+from sdxs.v1 import stream_pb2 as sdxs_dot_v1_dot_stream__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -71,6 +72,11 @@ class GatewayServiceStub:
                 request_serializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.Stream = channel.stream_stream(
+                '/sdxs.v1.GatewayService/Stream',
+                request_serializer=sdxs_dot_v1_dot_stream__pb2.StreamRequest.SerializeToString,
+                response_deserializer=sdxs_dot_v1_dot_stream__pb2.StreamResponse.FromString,
+                _registered_method=True)
 
 
 class GatewayServiceServicer:
@@ -126,6 +132,14 @@ class GatewayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stream(self, request_iterator, context):
+        """Images in real time: frames in, images out, the newest frame first. Fails with INVALID_ARGUMENT or NOT_FOUND that names the field for
+        a message that makes no sense, RESOURCE_EXHAUSTED when too many sessions wait. A frame that cannot be drawn does not end it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +177,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.FromString,
                     response_serializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Stream': grpc.stream_stream_rpc_method_handler(
+                    servicer.Stream,
+                    request_deserializer=sdxs_dot_v1_dot_stream__pb2.StreamRequest.FromString,
+                    response_serializer=sdxs_dot_v1_dot_stream__pb2.StreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -356,6 +375,33 @@ class GatewayService:
             '/sdxs.v1.GatewayService/ListModels',
             sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
             sdxs_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/sdxs.v1.GatewayService/Stream',
+            sdxs_dot_v1_dot_stream__pb2.StreamRequest.SerializeToString,
+            sdxs_dot_v1_dot_stream__pb2.StreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

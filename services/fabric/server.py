@@ -3,10 +3,11 @@
 Knows gRPC; does not know Ray. Errors leave translated (sdxs.rpc); what nobody foresaw leaves as INTERNAL without its text.
 """
 
+import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -22,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 _TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
-RawHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
-RawStreamHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], AsyncIterator[bytes]]
+Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class DataPlane:
     """A server that answers health checks from the first moment and is SERVING when told so."""
 
     def __init__(self, endpoint: Endpoint, max_request_bytes: int) -> None:
+        self._endpoint = endpoint
         self._service = endpoint.descriptor.full_name
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", max_request_bytes), *rpc.KEEPALIVE_SERVER])
@@ -55,23 +56,25 @@ class DataPlane:
             await self._health.set(name, status)
 
     async def drain(self, grace_s: float) -> None:
-        """NOT_SERVING, no new calls, and `grace_s` seconds for those in flight."""
+        """NOT_SERVING, no new calls, and `grace_s` seconds for those in flight; streams are told to end."""
         await self.set_serving(False)
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), self._endpoint.drain(grace_s))
 
 
 def _handlers(endpoint: Endpoint) -> grpc.GenericRpcHandler:
     """Byte handlers for each rpc of the endpoint: parsing is ours, so that bad bytes get our error."""
     handlers: dict[str, Any] = {}
     for method in endpoint.descriptor.methods:
-        if method.server_streaming:
-            handlers[method.name] = grpc.unary_stream_rpc_method_handler(_stream_handler(endpoint, method.name))
+        if method.client_streaming:
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(_stream(endpoint, method.name))
+        elif method.server_streaming:
+            handlers[method.name] = grpc.unary_stream_rpc_method_handler(_responses(endpoint, method.name))
         else:
-            handlers[method.name] = grpc.unary_unary_rpc_method_handler(_handler(endpoint, method.name))
+            handlers[method.name] = grpc.unary_unary_rpc_method_handler(_call(endpoint, method.name))
     return grpc.method_handlers_generic_handler(endpoint.descriptor.full_name, handlers)
 
 
-def _terms(context: "grpc.aio.ServicerContext[bytes, bytes]") -> Deadline:
+def _terms(context: Context) -> Deadline:
     """The caller's deadline, class and tenant. Raises InvalidRequest for metadata that say none."""
     said = {key: value for key, value in context.invocation_metadata() or () if key in (rpc.PRIORITY_KEY, rpc.TENANT_KEY)}
     priority, tenant = said.get(rpc.PRIORITY_KEY, Priority.NORMAL.value), said.get(rpc.TENANT_KEY, "")
@@ -82,10 +85,10 @@ def _terms(context: "grpc.aio.ServicerContext[bytes, bytes]") -> Deadline:
     return Deadline.after(context.time_remaining(), Priority(priority), str(tenant))
 
 
-def _handler(endpoint: Endpoint, name: str) -> RawHandler:
-    """One rpc: the caller's deadline in, the translated error out."""
+def _call(endpoint: Endpoint, name: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    """One rpc with one answer."""
 
-    async def handle(payload: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
+    async def handle(payload: bytes, context: Context) -> bytes:
         async with _translated(name, context):
             return await endpoint.call(name, payload, _terms(context))
         raise AssertionError("abort raises")
@@ -93,12 +96,12 @@ def _handler(endpoint: Endpoint, name: str) -> RawHandler:
     return handle
 
 
-def _stream_handler(endpoint: Endpoint, name: str) -> RawStreamHandler:
-    """The same for an rpc with a stream of responses."""
+def _responses(endpoint: Endpoint, name: str) -> Callable[[bytes, Context], AsyncIterator[bytes]]:
+    """One with a stream of responses."""
 
-    async def handle(payload: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> AsyncIterator[bytes]:
+    async def handle(payload: bytes, context: Context) -> AsyncIterator[bytes]:
         async with _translated(name, context):
-            stream = endpoint.stream(name, payload, _terms(context))
+            stream = endpoint.responses(name, payload, _terms(context))
             async with contextlib.aclosing(stream) as responses:  # type: ignore[type-var]
                 async for response in responses:
                     yield response
@@ -106,8 +109,24 @@ def _stream_handler(endpoint: Endpoint, name: str) -> RawStreamHandler:
     return handle
 
 
+def _stream(endpoint: Endpoint, name: str) -> Callable[[object, Context], Awaitable[None]]:
+    """One that streams both ways; a client that leaves cancels it."""
+
+    async def handle(_: object, context: Context) -> None:
+        async with _translated(name, context), contextlib.aclosing(_payloads(context)) as payloads:
+            await endpoint.stream(name, payloads, context.write, _terms(context))
+
+    return handle
+
+
+async def _payloads(context: Context) -> AsyncGenerator[bytes, None]:
+    """What the client sends. grpc.aio's own iterator cannot be closed before its end."""
+    while (payload := await context.read()) is not grpc.aio.EOF:  # type: ignore[comparison-overlap]
+        yield payload
+
+
 @contextlib.asynccontextmanager
-async def _translated(name: str, context: "grpc.aio.ServicerContext[bytes, bytes]") -> AsyncIterator[None]:
+async def _translated(name: str, context: Context) -> AsyncIterator[None]:
     """Errors leave as statuses."""
     try:
         yield

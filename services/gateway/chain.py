@@ -7,6 +7,7 @@ Stage messages are passed on as they came, without decoding them. Text embedding
 import logging
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from sdxs.errors import Internal, InvalidRequest
 from sdxs.v1 import decoder_pb2, tensor_pb2, text_encoder_pb2, unet_pb2
@@ -65,15 +66,24 @@ class Chain:
         """Whether every stage has a replica."""
         return all(stage.ready for stage in (self._text_encoder, self._controlnet, self._unet, self._decoder))
 
-    async def run(self, order: Order, receipts: list[str], deadline: Deadline) -> decoder_pb2.DecodeResponse:
+    async def run(self, order: Order, receipts: Sequence[str], deadline: Deadline) -> decoder_pb2.DecodeResponse:
         """The order's images. Raises SdxsError."""
+        return await self.decode(order, await self.denoise(order, deadline), receipts, deadline)
+
+    async def denoise(self, order: Order, deadline: Deadline) -> bytes:
+        """The order's latents, an encoded DenoiseResponse: all up to the U-Net. Raises SdxsError."""
         text = await self._encode(order.prompt, deadline)
         options = unet_pb2.DenoiseRequest(seeds=order.seeds, deterministic=order.deterministic, controls=order.controls)
         if order.init_image:
             options.init_latent.CopyFrom(await self._encode_image(order.init_image, deadline))
             options.strength = order.strength
         unet = self._controlnet if order.controls else self._unet
-        latent = await _call(unet, "Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
+        return await _call(unet, "Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
+
+    async def decode(
+        self, order: Order, latent: bytes, receipts: Sequence[str], deadline: Deadline
+    ) -> decoder_pb2.DecodeResponse:
+        """The images of what `denoise` gave. Raises SdxsError."""
         wishes = decoder_pb2.DecodeRequest(format=order.format, deterministic=order.deterministic, receipts=receipts)
         images = await _call(self._decoder, "Decode", embed(_LATENT, latent) + wishes.SerializeToString(), deadline)
         return decoder_pb2.DecodeResponse.FromString(images)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sdxs import control
+from sdxs import images as files
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.noise import MAX_IMAGES
 from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
@@ -166,6 +167,12 @@ def images(order: Order) -> list[tuple[str, bytes]]:
     """The image files of an order, each with its field."""
     found = [(f"controls[{i}].image", each.image) for i, each in enumerate(order.controls)]
     return [*found, ("init_image", order.init_image)] if order.init_image else found
+
+
+def receipts(order: Order) -> list[str]:
+    """What the file of each image of an order carries."""
+    steering = files.steering(order.controls, order.init_image, order.strength)
+    return [files.receipt(order.prompt, seed, order.model.name, order.model.digest, steering) for seed in order.seeds]
 
 
 def sha256(data: bytes) -> str:

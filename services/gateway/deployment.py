@@ -11,7 +11,9 @@ from services.fabric.replica import Replica
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
+from services.gateway.metrics import StreamMetrics
 from services.gateway.service import DESCRIPTOR, GatewayService, served_model
+from services.gateway.web import WebServer
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,10 @@ class GatewayReplica(Replica):
         limit = settings.gateway_max_message_bytes
         plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest, limit)
         self._health = asyncio.create_task(keep_health(service, plane))
+        self._metrics = asyncio.create_task(StreamMetrics(service.sessions).export())
+        self._web = WebServer(service.sessions, settings)
+        if settings.gateway_http_address:
+            await self._web.start(settings.gateway_http_address)
 
     def check_health(self) -> None:
         """Serve replaces a gateway that no longer watches its stages."""
@@ -46,9 +52,11 @@ class GatewayReplica(Replica):
             raise RuntimeError("the gateway's health loop has ended")
 
     async def __del__(self) -> None:
-        """Stop: health first, then the calls in flight, then the channels."""
+        """Stop: health first, then the calls in flight and the streams, then the channels."""
         self._health.cancel()
+        self._metrics.cancel()
         await super().__del__()
+        await self._web.stop()
         await self._service.close()
         for peers in self._peers:
             await peers.close()

@@ -1,4 +1,4 @@
-"""sdxs.v1.GatewayService: requests checked, walked through the stages, or queued as jobs.
+"""sdxs.v1.GatewayService: requests checked, walked through the stages one by one or as a stream of frames, or queued as jobs.
 
 Knows the chain and the jobs' desk by their methods; computes nothing itself.
 """
@@ -13,11 +13,13 @@ import numpy as np
 from sdxs import control, images
 from sdxs.bundle import Manifest
 from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
-from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
+from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2, stream_pb2
 from services.fabric.deadline import Deadline
 from services.gateway import checks
 from services.gateway.chain import Chain
 from services.gateway.desk import JobDesk
+from services.gateway.outbox import Send
+from services.gateway.stream import Sessions
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class GatewayService:
         self._default_deadline_s = settings.default_deadline_s
         self._max_image_bytes = settings.max_image_bytes
         self._max_job_requests = settings.max_job_requests
+        self.sessions = Sessions(models, chains, settings)
 
     @property
     def ready(self) -> bool:
@@ -71,11 +74,17 @@ class GatewayService:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
         order = checks.order(request, self._models, self._max_image_bytes)
-        steering = images.steering(order.controls, order.init_image, order.strength)
-        receipts = [images.receipt(order.prompt, seed, order.model.name, order.model.digest, steering) for seed in order.seeds]
         deadline = deadline.within(self._default_deadline_s)
-        made = await self._chains[order.model.name].run(order, receipts, deadline)
+        made = await self._chains[order.model.name].run(order, checks.receipts(order), deadline)
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
+
+    async def stream(self, requests: AsyncIterator[stream_pb2.StreamRequest], send: Send, deadline: Deadline) -> None:
+        """A session of frames, drawn for the caller's tenant and in its class. Raises SdxsError."""
+        await self.sessions.run(requests, send, deadline)
+
+    async def drain(self, grace_s: float) -> None:
+        """End the sessions."""
+        await self.sessions.drain(grace_s)
 
     async def submit_job(self, request: gateway_pb2.SubmitJobRequest, deadline: Deadline) -> gateway_pb2.SubmitJobResponse:
         """Queue it, if `generate` would not refuse it. Raises SdxsError; fields of inner requests are named `request.…`."""

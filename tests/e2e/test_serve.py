@@ -22,6 +22,7 @@ from sdxs.client import Client
 from sdxs.control import Control
 from sdxs.errors import SdxsError
 from sdxs.pipeline import OneStepPipeline
+from sdxs.streaming import Drawn, Failed, Phase
 from sdxs.v1 import control_pb2, gateway_pb2
 from tests.controlnets import drawing
 from tests.e2e.conftest import Served, mapped, serving
@@ -206,6 +207,47 @@ def test_a_killed_replica_costs_time_but_no_request(
     [unet] = served.replicas("unet") - {victim}
     assert served.replicas(deployment) - {victim}
     assert len(mapped(unet)) == 1, "memory of a lender that died is still held, or none is read"
+
+
+def test_a_stream_outlives_a_unet(served: Served, client: Client, pipeline: OneStepPipeline) -> None:
+    """Frames go on coming while the one replica is killed: the session stays, each is answered, and images come again."""
+    [victim] = served.replicas("unet")
+    sent, answered, images_seen = 0, set(), 0
+    stopping = threading.Event()
+    with client.stream(prompt=PROMPT, seed=7, format="raw") as stream:
+
+        def flood() -> None:
+            nonlocal sent
+            while not stopping.wait(0.05):
+                sent = stream.send()
+            stream.finish()
+
+        sender = threading.Thread(target=flood)
+        sender.start()
+        try:
+            killed_after, drawn_after, phases = 0, 0, []
+            for event in stream:
+                if isinstance(event, Phase):
+                    phases.append(event.name)
+                    continue
+                assert not isinstance(event, Failed), event
+                answered.add(event.frame_id)
+                if not isinstance(event, Drawn):
+                    continue
+                assert event.image.data == Ask().here(pipeline).tobytes()
+                images_seen += 1
+                if images_seen == 5:
+                    os.kill(victim, signal.SIGKILL)
+                    killed_after = sent
+                drawn_after += bool(killed_after) and event.frame_id > killed_after
+                if drawn_after == 5:
+                    stopping.set()
+        finally:
+            stopping.set()
+            sender.join()
+    assert phases == ["active", "closed"], "one session all along"
+    assert answered == set(range(1, sent + 1))
+    assert drawn_after >= 5 and served.replicas("unet") - {victim}
 
 
 def test_callers_with_little_time_are_told_while_a_replica_is_away(served: Served, client: Client) -> None:
