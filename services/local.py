@@ -47,6 +47,7 @@ async def serve_local(model: str, settings: ServingSettings, fused: bool = False
             yield plane
     finally:
         health.cancel()
+        service.leave()
         await plane.drain(settings.drain_s)
         await service.close()
         for room in rooms:

@@ -46,8 +46,9 @@ class GatewayReplica(Replica):
             raise RuntimeError("the gateway's health loop has ended")
 
     async def __del__(self) -> None:
-        """Stop: health first, then the calls in flight, then the channels."""
+        """Stop: health first, then watchers, then the calls in flight, then the channels."""
         self._health.cancel()
+        self._service.leave()
         await super().__del__()
         await self._service.close()
         for peers in self._peers:

@@ -62,6 +62,11 @@ class GatewayService:
                 request = gateway_pb2.GenerateRequest(prompt="warm", model=model.name, seed=0, controls=[blank])
                 await self.generate(request, Deadline())
 
+    def leave(self) -> None:
+        """Before the server drains."""
+        if self._desk is not None:
+            self._desk.leave()
+
     async def close(self) -> None:
         """After the last call."""
         if self._desk is not None:
