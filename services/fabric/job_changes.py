@@ -41,6 +41,12 @@ class JobChanges:
                 self._listening.cancel()
                 self._listening = None
 
+    def wake(self) -> None:
+        """Have every listener look."""
+        for events in self._events.values():
+            for event in events:
+                event.set()
+
     async def _listen(self) -> None:
         """Until nobody listens any more."""
         while True:
@@ -55,7 +61,7 @@ class JobChanges:
 
     def _tell(self, message: dict[str, Any]) -> None:
         """A change of one job; the answer to a subscription, a later one after a broken connection too, means all."""
-        heard = self._events.values() if message["type"] == "psubscribe" else [self._events.get(message["channel"], set())]
-        for events in heard:
-            for event in events:
-                event.set()
+        if message["type"] == "psubscribe":
+            self.wake()
+        for event in self._events.get(message["channel"], ()):
+            event.set()

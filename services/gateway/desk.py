@@ -29,6 +29,7 @@ class JobDesk:
         self._changes = JobChanges(queue)
         self._store = functools.cache(store)  # opened at the first job: images without jobs need no store
         self._url_ttl_s = url_ttl_s
+        self._leaving = False
 
     async def submit(self, job_id: str, asked: bytes, order: gateway_pb2.SubmitJobRequest) -> gateway_pb2.SubmitJobResponse:
         """See JobQueue.submit. Raises what `check_url` does for its webhook too."""
@@ -62,7 +63,7 @@ class JobDesk:
         return gateway_pb2.ListJobsResponse(jobs=jobs, next_page_token="" if before is None else str(before))
 
     async def watch(self, job_id: str) -> AsyncIterator[gateway_pb2.GetJobResponse]:
-        """The job without images and items, at once and at each change; at last all of the ended job."""
+        """The job without images and items, at once and at each change; at last all of the ended job. Raises Unavailable after `leave`."""
         told = None
         with self._changes.of(job_id) as changed:
             while True:
@@ -78,12 +79,19 @@ class JobDesk:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await changed.wait()
+                if self._leaving:
+                    raise Unavailable("this server is stopping; another goes on")
 
     async def cancel(self, job_id: str) -> gateway_pb2.GetJobResponse:
         """The cancelled job. Raises NotFound, or PreconditionFailed when it has ended."""
         with _answering():
             await self._queue.cancel(job_id)
         return await self.get(job_id)
+
+    def leave(self) -> None:
+        """Send watchers away, who would keep a stopping server waiting."""
+        self._leaving = True
+        self._changes.wake()
 
     async def close(self) -> None:
         """Hang up."""

@@ -83,7 +83,9 @@ class GatewayService:
         await self.sessions.run(requests, send, deadline)
 
     async def drain(self, grace_s: float) -> None:
-        """End the sessions."""
+        """Send watchers away, end the sessions."""
+        if self._desk is not None:
+            self._desk.leave()
         await self.sessions.drain(grace_s)
 
     async def submit_job(self, request: gateway_pb2.SubmitJobRequest, deadline: Deadline) -> gateway_pb2.SubmitJobResponse:

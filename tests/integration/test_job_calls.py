@@ -24,11 +24,16 @@ from sdxs.errors import (
     SdxsError,
     Unavailable,
 )
+from sdxs.store import FileStore
 from sdxs.v1 import gateway_pb2
 from services.fabric.deadline import Deadline
+from services.fabric.endpoint import Endpoint
 from services.fabric.jobs import JobQueue
+from services.fabric.server import DataPlane
+from services.gateway.desk import JobDesk
+from services.gateway.service import DESCRIPTOR, GatewayService
 from services.jobs_cli import app
-from tests.jobs import Working, gateway, generated, settings, take
+from tests.jobs import REQUEST, Working, gateway, generated, settings, take
 from tests.serving import INVALID, Refusal, refusal
 
 QUEUED, RUNNING, SUCCEEDED, CANCELLED = "QUEUED", "RUNNING", "SUCCEEDED", "CANCELLED"
@@ -121,6 +126,26 @@ async def test_a_watcher_that_leaves_is_forgotten(queue: JobQueue, redis: "Redis
         async with asyncio.timeout(5):
             while await redis.pubsub_numpat():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+
+
+async def test_a_server_that_stops_does_not_wait_for_watchers(queue: JobQueue, tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    models: Any = {}
+    desk = JobDesk(queue, lambda: FileStore(tmp_path), 60)
+    service = GatewayService(models, {}, desk, queue.settings)
+    plane = DataPlane(Endpoint(DESCRIPTOR, service, 8, 8), 1 << 20)
+    await plane.start("127.0.0.1:0")
+    await queue.submit("one", b"", REQUEST)
+    async with AsyncClient(plane.address) as client:
+        watching: Any = client.watch_job("one")
+        await anext(watching)
+        began = loop.time()
+        stopping = asyncio.create_task(plane.drain(30))
+        with pytest.raises(Unavailable) as caught:
+            await anext(watching)
+        await stopping
+    assert loop.time() - began < 15, "drains for 30 seconds otherwise"
+    assert caught.value.retry_after_s == 1.0
 
 
 async def test_jobs_are_listed_and_cancelled(client: AsyncClient) -> None:

@@ -208,7 +208,7 @@ class JobLife(RuleBasedStateMachine):
 
 @pytest.mark.timeout(240)
 def test_every_accepted_job_ends_exactly_once(redis_url: str) -> None:
-    quick = settings(max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+    quick = settings(max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
     class Here(JobLife):
         url = redis_url
