@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
+_LAST_WRITE_S = 2.0
+
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -113,10 +115,32 @@ def _stream(endpoint: Endpoint, name: str) -> Callable[[object, Context], Awaita
     """One that streams both ways; a client that leaves cancels it."""
 
     async def handle(_: object, context: Context) -> None:
-        async with _translated(name, context), contextlib.aclosing(_payloads(context)) as payloads:
-            await endpoint.stream(name, payloads, context.write, _terms(context))
+        async with (
+            _translated(name, context),
+            _whole_writes(context) as write,
+            contextlib.aclosing(_payloads(context)) as payloads,
+        ):
+            await endpoint.stream(name, payloads, write, _terms(context))
 
     return handle
+
+
+@contextlib.asynccontextmanager
+async def _whole_writes(context: Context) -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
+    """A write that may be cancelled. gRPC's own goes on when its task is cancelled, and until it is done no status can be sent. A client
+    that does not read is not waited for long."""
+    writing: asyncio.Future[None] | None = None
+
+    async def write(payload: bytes) -> None:
+        nonlocal writing
+        writing = asyncio.ensure_future(context.write(payload))
+        await asyncio.shield(writing)
+
+    try:
+        yield write
+    finally:
+        if writing is not None and not writing.done():
+            await asyncio.wait([writing], timeout=_LAST_WRITE_S)
 
 
 async def _payloads(context: Context) -> AsyncGenerator[bytes, None]:
