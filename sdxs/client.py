@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, cast
 
 import grpc
 import PIL.Image
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sdxs.streaming import AsyncStream, Look, Stream
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
+Urgency = Literal["high", "normal", "low"]
 _SERVICE = "sdxs.v1.GatewayService"
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
@@ -95,9 +96,21 @@ class Generated:
 
 
 class Client:
-    """A blocking client; safe to share between threads."""
+    """A blocking client; safe to share between threads.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: grpc.ChannelCredentials | None = None) -> None:
+    Args:
+        tenant: for whom the calls are; a server shares its stages fairly between tenants.
+        urgency: high, normal or low: the class of the calls. That of a job is its `priority`.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        credentials: grpc.ChannelCredentials | None = None,
+        tenant: str = "",
+        urgency: Urgency = "normal",
+    ) -> None:
+        self._metadata = rpc.terms(urgency, tenant)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         else:
@@ -139,7 +152,8 @@ class Client:
     def watch_job(self, job_id: str, timeout: float | None = None) -> Iterator[Job]:
         """The job now and at each change, until it has ended. Raises SdxsError, DeadlineExceeded after `timeout` seconds."""
         method: Any = self._channel.unary_stream(f"/{_SERVICE}/WatchJob")
-        answers = method(gateway_pb2.WatchJobRequest(job_id=job_id).SerializeToString(), timeout=timeout)
+        asked = gateway_pb2.WatchJobRequest(job_id=job_id).SerializeToString()
+        answers = method(asked, timeout=timeout, metadata=self._metadata)
         try:
             for answer in answers:
                 yield gateway_pb2.WatchJobResponse.FromString(answer).job
@@ -174,7 +188,7 @@ class Client:
         """
         from sdxs.streaming import Conversation, Stream, settings_of
 
-        return Stream(self._channel, Conversation(model, settings_of(look)), patience)
+        return Stream(self._channel, Conversation(model, settings_of(look)), patience, self._metadata)
 
     def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:
         """What the server serves, its default first. Raises SdxsError."""
@@ -204,7 +218,7 @@ class Client:
         """One rpc. Raises SdxsError."""
         try:
             method: Any = self._channel.unary_unary(f"/{_SERVICE}/{name}")
-            return bytes(method(message.SerializeToString(), timeout=timeout))
+            return bytes(method(message.SerializeToString(), timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise rpc.from_rpc_error(error) from None
 
@@ -212,7 +226,14 @@ class Client:
 class AsyncClient:
     """The same for asyncio; make it inside the loop that uses it."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        credentials: grpc.ChannelCredentials | None = None,
+        tenant: str = "",
+        urgency: Urgency = "normal",
+    ) -> None:
+        self._metadata = rpc.terms(urgency, tenant)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         else:
@@ -266,7 +287,8 @@ class AsyncClient:
     async def watch_job(self, job_id: str, timeout: float | None = None) -> AsyncIterator[Job]:  # noqa: ASYNC109
         """See Client.watch_job."""
         method: Any = self._channel.unary_stream(f"/{_SERVICE}/WatchJob")
-        answers = method(gateway_pb2.WatchJobRequest(job_id=job_id).SerializeToString(), timeout=timeout)
+        asked = gateway_pb2.WatchJobRequest(job_id=job_id).SerializeToString()
+        answers = method(asked, timeout=timeout, metadata=self._metadata)
         try:
             async for answer in answers:
                 yield gateway_pb2.WatchJobResponse.FromString(answer).job
@@ -296,7 +318,7 @@ class AsyncClient:
         """See Client.stream; in an `async with` block."""
         from sdxs.streaming import AsyncStream, Conversation, settings_of
 
-        return AsyncStream(self._channel, Conversation(model, settings_of(look)), patience)
+        return AsyncStream(self._channel, Conversation(model, settings_of(look)), patience, self._metadata)
 
     async def list_models(self, timeout: float = 10.0) -> list[gateway_pb2.Model]:  # noqa: ASYNC109
         """See Client.list_models."""
@@ -326,7 +348,7 @@ class AsyncClient:
         """One rpc. Raises SdxsError."""
         try:
             method: Any = self._channel.unary_unary(f"/{_SERVICE}/{name}")
-            return bytes(await method(message.SerializeToString(), timeout=timeout))
+            return bytes(await method(message.SerializeToString(), timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise rpc.from_rpc_error(error) from None
 

@@ -24,7 +24,14 @@ KEEPALIVE_CLIENT = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout
 KEEPALIVE_SERVER = [("grpc.http2.min_ping_interval_without_data_ms", 5_000)]  # or such pings end a call that is silent for 40 s
 
 Metadata = tuple[tuple[str, bytes], ...]
+Terms = tuple[tuple[str, str], ...]
 TrailingMetadata = Iterable[tuple[str, str | bytes]] | None
+
+
+def terms(priority: str, tenant: str) -> Terms:
+    """Metadata that say a call's class and tenant; nothing of the usual ones."""
+    said = ((PRIORITY_KEY, priority),) if priority != "normal" else ()
+    return (*said, (TENANT_KEY, tenant)) if tenant else said
 
 
 def to_status(error: SdxsError) -> tuple[grpc.StatusCode, str, Metadata]:

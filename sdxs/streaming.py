@@ -14,6 +14,7 @@ the stream goes on by itself on the next server: the newest frame that was not a
 import asyncio
 import collections
 import contextlib
+import functools
 import random
 import threading
 import time
@@ -303,8 +304,8 @@ class _Attempts:
 class Stream:
     """A stream for threads: iterate in one, send from any. `Client.stream` makes it."""
 
-    def __init__(self, channel: grpc.Channel, conversation: Conversation, patience_s: float) -> None:
-        self._method: Any = channel.stream_stream(METHOD)
+    def __init__(self, channel: grpc.Channel, conversation: Conversation, patience_s: float, metadata: rpc.Terms = ()) -> None:
+        self._method: Any = functools.partial(channel.stream_stream(METHOD), metadata=metadata)
         self._conversation = conversation
         self._attempts = _Attempts(patience_s)
         self._changed = threading.Condition()
@@ -398,8 +399,10 @@ class Stream:
 class AsyncStream:
     """The same for asyncio. `AsyncClient.stream` makes it."""
 
-    def __init__(self, channel: grpc.aio.Channel, conversation: Conversation, patience_s: float) -> None:
-        self._method: Any = channel.stream_stream(METHOD)
+    def __init__(
+        self, channel: grpc.aio.Channel, conversation: Conversation, patience_s: float, metadata: rpc.Terms = ()
+    ) -> None:
+        self._method: Any = functools.partial(channel.stream_stream(METHOD), metadata=metadata)
         self._conversation = conversation
         self._attempts = _Attempts(patience_s)
         self._more = asyncio.Event()

@@ -18,7 +18,7 @@ import grpc
 
 from sdxs import rpc
 from sdxs.errors import DeadlineExceeded, Unavailable
-from services.fabric.deadline import Deadline, Priority
+from services.fabric.deadline import Deadline
 from services.fabric.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,11 @@ class PeerSet:
         method: Any = peer.channel.unary_unary(f"/{self.service}/{name}")
         peer.in_flight += 1
         try:
-            return bytes(await method(payload, timeout=deadline.remaining(), metadata=_metadata(deadline)))
+            return bytes(
+                await method(
+                    payload, timeout=deadline.remaining(), metadata=rpc.terms(deadline.priority.value, deadline.tenant)
+                )
+            )
         finally:
             peer.in_flight -= 1
 
@@ -219,12 +223,6 @@ class PeerSet:
         for address in set(self._peers) - set(addresses):
             self._hang_up(self._peers.pop(address))
         self._changed.set()
-
-
-def _metadata(deadline: Deadline) -> list[tuple[str, str]]:
-    """The call's class and tenant, for the peer's queue."""
-    said = [(rpc.PRIORITY_KEY, deadline.priority.value)] if deadline.priority is not Priority.NORMAL else []
-    return [*said, (rpc.TENANT_KEY, deadline.tenant)] if deadline.tenant else said
 
 
 def _for(address: Address, payload: Payload) -> bytes:
