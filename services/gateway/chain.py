@@ -28,6 +28,8 @@ class PromptCache:
     """The least recently used go when the embeddings pass `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
+        self.hits = self.misses = 0
+        """How often a prompt was there, or was not."""
         self._max_bytes = max_bytes
         self._bytes = 0
         self._encoded: OrderedDict[str, bytes] = OrderedDict()
@@ -35,8 +37,11 @@ class PromptCache:
     def get(self, prompt: str) -> bytes | None:
         """The encoded EncodeResponse, if it is still there."""
         found = self._encoded.get(prompt)
-        if found is not None:
-            self._encoded.move_to_end(prompt)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._encoded.move_to_end(prompt)
         return found
 
     def put(self, prompt: str, encoded: bytes) -> None:

@@ -11,7 +11,7 @@ from services.fabric.replica import Replica
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
-from services.gateway.metrics import StreamMetrics
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.service import DESCRIPTOR, GatewayService, served_model
 from services.gateway.web import WebServer
 from services.settings import ServingSettings
@@ -35,13 +35,14 @@ class GatewayReplica(Replica):
         for peers in self._peers:
             peers.open()
         served = served_model(manifest)
-        chain = Chain(text, unet, decoder, PromptCache(settings.prompt_cache_bytes), *controlnet)
+        cache = PromptCache(settings.prompt_cache_bytes)
+        chain = Chain(text, unet, decoder, cache, *controlnet)
         self._service = service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
         endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)
         limit = settings.gateway_max_message_bytes
         plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest, limit)
         self._health = asyncio.create_task(keep_health(service, plane))
-        self._metrics = asyncio.create_task(StreamMetrics(service.sessions).export())
+        self._metrics = asyncio.create_task(GatewayMetrics(service.sessions, cache).export())
         self._web = WebServer(service.sessions, settings)
         if settings.gateway_http_address:
             await self._web.start(settings.gateway_http_address)

@@ -1,25 +1,28 @@
-"""The sessions' numbers as Prometheus reads them from Ray: prefix `ray_sdxs_stream_`. Once a second, so that frames pay nothing."""
+"""A gateway's numbers as Prometheus reads them from Ray: prefix `ray_sdxs_`. Once a second, so that calls and frames pay nothing."""
 
 import asyncio
 
 from ray.util.metrics import Counter, Gauge
 
+from services.gateway.chain import PromptCache
 from services.gateway.stream import Sessions
 
 _PAUSE_S = 1.0
 
 
-class StreamMetrics:
-    """Those of one gateway; Ray adds node and process."""
+class GatewayMetrics:
+    """Its sessions and its cache of prompts; Ray adds node and process."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, cache: PromptCache) -> None:
         self._sessions = sessions
+        self._cache = cache
         self._told: dict[tuple[str, str], int] = {}
         self._counters = {
             "frames": Counter("sdxs_stream_frames", "Frames that came"),
             "answers": Counter("sdxs_stream_answers", "Frames by what became of them", ("outcome",)),
             "sessions": Counter("sdxs_stream_sessions", "Sessions that were opened"),
             "refused": Counter("sdxs_stream_refused", "Sessions refused because too many waited"),
+            "prompts": Counter("sdxs_prompt_cache", "Prompts looked up in the cache of text embeddings", ("outcome",)),
         }
         self._gauges = {
             "active": Gauge("sdxs_stream_active", "Sessions that are served"),
@@ -40,6 +43,8 @@ class StreamMetrics:
             self._add(name, "", getattr(counts, name))
         for outcome, number in counts.answered.items():
             self._add("answers", outcome, number)
+        self._add("prompts", "hit", self._cache.hits)
+        self._add("prompts", "miss", self._cache.misses)
         for name, gauge in self._gauges.items():
             gauge.set(getattr(self._sessions, name))
 

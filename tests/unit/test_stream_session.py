@@ -446,7 +446,8 @@ async def _check(actions: list[str], in_flight: int) -> None:
 async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.util import metrics
 
-    from services.gateway.metrics import StreamMetrics
+    from services.gateway.chain import PromptCache
+    from services.gateway.metrics import GatewayMetrics
 
     told: list[tuple[str, float, str]] = []
 
@@ -456,7 +457,8 @@ async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(metrics.Counter, "inc", count)
     steps = Steps()
     sessions = sessions_of(steps)
-    published = StreamMetrics(sessions)
+    cache = PromptCache(100)
+    published = GatewayMetrics(sessions, cache)
     async with calling(sessions) as caller:
         await caller.say(frame(1), frame(2), frame(3), frame(4, prompt=" "))
         await steps.draw()
@@ -469,5 +471,8 @@ async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.Monke
         published.tell()
         assert told == []
         await caller.say(frame(5))
+        assert cache.get("red apple") is None
+        cache.put("red apple", b"embedding")
+        assert [cache.get("red apple"), cache.get("red apple"), cache.get("pear")] == [b"embedding", b"embedding", None]
         published.tell()
-        assert told == [("sdxs_stream_frames", 1, "")]
+        assert told == [("sdxs_stream_frames", 1, ""), ("sdxs_prompt_cache", 2, "hit"), ("sdxs_prompt_cache", 2, "miss")]
