@@ -1,6 +1,7 @@
 """Image conditions and image to image on a real server: all rooms in one process, residuals in shared memory, jobs on Redis and S3."""
 
 import asyncio
+import functools
 import hashlib
 import threading
 import urllib.request
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import hypothesis
 import numpy as np
 import pytest
 import safetensors.torch
+from hypothesis import strategies as st
 
 from sdxs.client import AsyncClient, Client
 from sdxs.control import Control
@@ -345,3 +348,49 @@ def test_errors_reach_the_client_as_they_were_raised(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="animation of 2 frames") as caught:
         client.generate(PROMPT, controls=[EDGE, Control(animation("PNG"), "edge")])
     assert caught.value.field == "controls[1].image"
+
+
+WISHES = st.tuples(
+    st.sampled_from(["red apple", "blue star"]),
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.sampled_from(["none", "edge"]),
+    st.booleans(),
+)
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    st.lists(st.tuples(WISHES, st.sampled_from(["a", "b"]), st.sampled_from(["high", "low"])), min_size=2, max_size=8)
+)
+def test_the_same_request_is_the_same_image_in_any_company(
+    address: str, pipeline: OneStepPipeline, calls: list[tuple[tuple[str, int, int, str, bool], str, Any]]
+) -> None:
+    """Random requests at once, of tenants and classes: within 1/255 of the in-process image in any batch, the same bytes where it is alone in
+    one, which it may ask for."""
+
+    async def ask(wish: tuple[str, int, int, str, bool], tenant: str, urgency: Any) -> Any:
+        prompt, seed, n, steered, deterministic = wish
+        controls = [Control(DRAWING, "edge")] if steered == "edge" else []
+        async with AsyncClient(address, tenant=tenant, urgency=urgency) as client:
+            return await client.generate(prompt, seed=seed, n=n, controls=controls, deterministic=deterministic, format="raw")
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*(ask(*call) for call in calls))
+
+    for (wish, _, _), served in zip(calls, asyncio.run(together()), strict=True):
+        prompt, seed, _, steered, deterministic = wish
+        receipt = served.receipt
+        alone = max(receipt.unet_batch, receipt.controlnet_batch, receipt.decoder_batch) == 1
+        assert alone or not deterministic
+        for number, image in enumerate(served.images):
+            wanted = reference(pipeline, prompt, seed + number, steered)
+            found = np.frombuffer(image.data, np.uint8).reshape(wanted.shape).astype(int)
+            assert np.abs(found - wanted).max() <= (0 if alone else 1)
+
+
+@functools.cache
+def reference(pipeline: OneStepPipeline, prompt: str, seed: int, steered: str) -> np.ndarray:
+    """The in-process image."""
+    controls = [Control(DRAWING, "edge")] if steered == "edge" else []
+    return np.asarray(pipeline(prompt, seed, controls=controls)[0]).astype(int)
