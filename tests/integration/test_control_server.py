@@ -366,8 +366,8 @@ WISHES = st.tuples(
 def test_the_same_request_is_the_same_image_in_any_company(
     address: str, pipeline: OneStepPipeline, calls: list[tuple[tuple[str, int, int, str, bool], str, Any]]
 ) -> None:
-    """Random requests at once, of tenants and classes: within 1/255 of the in-process image in any batch, the same bytes where it is alone in
-    one, which it may ask for."""
+    """Random requests at once, of tenants and classes: within 1/255 of the in-process image in any batch, the same bytes
+    where it is alone in one, which it may ask for."""
 
     async def ask(wish: tuple[str, int, int, str, bool], tenant: str, urgency: Any) -> Any:
         prompt, seed, n, steered, deterministic = wish
