@@ -109,6 +109,22 @@ def test_service_leads_to_the_gateway_pods() -> None:
     assert environment(groups["gateway"])["SDXS_GATEWAY_ADDRESS"] == f"0.0.0.0:{port}"
 
 
+def test_a_web_port_is_there_where_the_values_say_so() -> None:
+    manifests = render({"service": {"webPort": 80}})
+    for manifest in manifests.values():
+        check(manifest)
+    gateway = worker_groups(manifests["RayService"])["gateway"]
+    [container] = gateway["spec"]["containers"]
+    assert environment(gateway)["SDXS_GATEWAY_HTTP_ADDRESS"] == "0.0.0.0:8501"
+    assert {"name": "web", "containerPort": 8501} in container["ports"]
+    assert {(port["name"], port["port"], port["targetPort"]) for port in manifests["Service"]["spec"]["ports"]} == {
+        ("serve-grpc", 8500, "serve-grpc"), ("web", 80, "web"),
+    }  # fmt: skip
+    plain = render({})
+    assert all("SDXS_GATEWAY_HTTP_ADDRESS" not in environment(pod) for pod in worker_groups(plain["RayService"]).values())
+    assert [port["name"] for port in plain["Service"]["spec"]["ports"]] == ["serve-grpc"]
+
+
 def test_each_gateway_pod_has_one_gateway() -> None:
     service = render(VALUES["gpu"])["RayService"]
     [group] = [each for each in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if each["groupName"] == "gateway"]

@@ -55,6 +55,9 @@ spec:
       securityContext: { allowPrivilegeEscalation: false, capabilities: { drop: [ALL] } }
       env:
         {{- include "sdxs.environment" . | nindent 8 }}
+        {{- if and (eq .component "gateway") .root.Values.service.webPort }}
+        - { name: SDXS_GATEWAY_HTTP_ADDRESS, value: "0.0.0.0:8501" }
+        {{- end }}
         {{- range $name, $value := .root.Values.settings }}
         {{- if ne (toString $value) "" }}
         - { name: {{ printf "SDXS_%s" (upper $name) }}, value: {{ $value | quote }} }
