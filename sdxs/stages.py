@@ -38,7 +38,7 @@ def place(settings: Settings) -> tuple[torch.device, torch.dtype]:
 
 
 def _load(kind: Any, folder: Path, settings: Settings, unused: tuple[str, ...] = ()) -> Any:
-    """A network for inference, weights laid out channels last.
+    """A network for inference, weights laid out channels last, without its parts `unused`.
 
     Raises:
         CorruptArtifact: a weight is missing, but for those beginning with `unused`; diffusers would draw it at random.
@@ -52,6 +52,9 @@ def _load(kind: Any, folder: Path, settings: Settings, unused: tuple[str, ...] =
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(unused))
     if missing:
         raise CorruptArtifact(f"{folder.name} lacks {len(missing)} weights of its {kind.__name__}, among them {missing[0]}")
+    for part in unused:  # it may have no weights, and would take room on a GPU
+        if hasattr(network, part.rstrip(".")):
+            setattr(network, part.rstrip("."), None)
     return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
