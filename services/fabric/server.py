@@ -134,6 +134,7 @@ async def _whole_writes(context: Context) -> AsyncIterator[Callable[[bytes], Awa
     async def write(payload: bytes) -> None:
         nonlocal writing
         writing = asyncio.ensure_future(context.write(payload))
+        writing.add_done_callback(lambda write: write.cancelled() or write.exception())  # a client that has left is no news
         await asyncio.shield(writing)
 
     try:
