@@ -47,6 +47,39 @@ def images(pipeline: OneStepPipeline, prompt: str, controls: list[Control]) -> n
     return np.stack([np.asarray(pipeline(prompt, seed, controls=controls)[0]) for seed in SEEDS])
 
 
+class Bench:
+    """Everybody who draws, and what has been drawn so far."""
+
+    def __init__(self, model: str, scale: float) -> None:
+        self.pipeline, self.judge, self.scale = OneStepPipeline.from_bundle(model), embedded_judge("emoji"), scale
+        self.size = self.pipeline.manifest.image_size
+        self.teacher = multi_step(
+            Teacher.load(TEACHER), EvaluationSection(train_images=1, heldout_images=1, teacher_guidance=2.5)
+        )
+        names = ["drawing", "control image", *(f"seed {seed}" for seed in SEEDS), "without, seed 0", "teacher, seed 0"]
+        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
+
+    def line(self, name: str, prompt: str) -> dict[str, Any]:
+        """One drawing's scores; its pictures go into the columns."""
+        path, count = FOLDER / f"{name}.png", len(SEEDS)
+        control = Control(path.read_bytes(), type="sketch", scale=self.scale)
+        map_HWC = map_of(control, self.size, "control")
+        ways = {
+            "with": images(self.pipeline, prompt, [control]),
+            "without": images(self.pipeline, prompt, []),
+            "teacher": self.teacher([prompt] * count, list(SEEDS), np.stack([map_HWC] * count)),
+        }
+        found: dict[str, Any] = {"drawing": name, "prompt": prompt, "scale": self.scale, "model": self.pipeline.manifest.digest}
+        for way, made in ways.items():
+            found[f"edge_f1_{way}"] = round(mean_edge_f1(made, [map_HWC] * count), 4)
+            found[f"top5_{way}"] = self.judge.score(made, [prompt] * count).top5
+        shown = Image.open(path).convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
+        pictures = [np.asarray(shown), map_HWC, *ways["with"], ways["without"][0], ways["teacher"][0]]
+        for column, picture in zip(self.columns.values(), pictures, strict=True):
+            column.append(picture)
+        return {**found, "machine": machine()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="emoji")
@@ -55,41 +88,16 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     hush()
-    pipeline, judge = OneStepPipeline.from_bundle(chosen.model), embedded_judge("emoji")
-    columns: dict[str, list[np.ndarray]] = {"drawing": [], "control image": []}
-    columns |= {f"seed {seed}": [] for seed in SEEDS} | {"without, seed 0": []}
-    columns |= {"teacher, seed 0": []}
-    teacher = multi_step(Teacher.load(TEACHER), EvaluationSection(train_images=1, heldout_images=1, teacher_guidance=2.5))
-    lines, prompts = [], []
+    bench, lines = Bench(chosen.model, chosen.scale), []
     for drawing in drawings():
-        prompt, file = drawing["prompt"], (FOLDER / f"{drawing['name']}.png").read_bytes()
-        control = Control(file, type="sketch", scale=chosen.scale)
-        size = pipeline.manifest.image_size
-        map_HWC, made, free = (
-            map_of(control, size, "control"),
-            images(pipeline, prompt, [control]),
-            images(pipeline, prompt, []),
-        )
-        theirs = teacher([prompt] * len(SEEDS), list(SEEDS), np.stack([map_HWC] * len(SEEDS)))
-        ways = {"with": made, "without": free, "teacher": theirs}
-        scores = {name: judge.score(found, [prompt] * len(SEEDS)) for name, found in ways.items()}
-        line = {"drawing": drawing["name"], "prompt": prompt, "scale": chosen.scale, "model": pipeline.manifest.digest}
-        for name, found in ways.items():
-            line |= {
-                f"edge_f1_{name}": round(mean_edge_f1(found, [map_HWC] * len(SEEDS)), 4),
-                f"top5_{name}": scores[name].top5,
-            }
-        lines.append({**line, "machine": machine()})
-        shown = Image.open(FOLDER / f"{drawing['name']}.png").convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-        for name, picture in zip(columns, [np.asarray(shown), map_HWC, *made, free[0], theirs[0]], strict=True):
-            columns[name].append(picture)
-        prompts.append(prompt)
-        print(f"{prompt:32} edge F1 {line['edge_f1_with']:.3f} ({line['edge_f1_without']:.3f}), top-5 {line['top5_with']:.2f}")
+        lines.append(line := bench.line(drawing["name"], drawing["prompt"]))
+        print(f"{line['prompt']:32} edge F1 {line['edge_f1_with']:.3f} ({line['edge_f1_without']:.3f})")
     print(write("sketches", lines))
     for name in (f"{score}_{way}" for score in ("edge_f1", "top5") for way in ("with", "without", "teacher")):
         print(f"{name}: {np.mean([line[name] for line in lines]):.3f}")
     if chosen.output:
-        contact_sheet({name: np.stack(found) for name, found in columns.items()}, prompts).save(chosen.output)
+        sheet = {name: np.stack(column) for name, column in bench.columns.items()}
+        contact_sheet(sheet, [line["prompt"] for line in lines]).save(chosen.output)
 
 
 if __name__ == "__main__":

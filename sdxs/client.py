@@ -25,7 +25,8 @@ from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from sdxs.v1 import decoder_pb2, gateway_pb2
 
 if TYPE_CHECKING:
-    from sdxs.streaming import AsyncStream, Look, Stream
+    from sdxs.conversation import Look
+    from sdxs.streaming import AsyncStream, Stream
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
 Urgency = Literal["high", "normal", "low"]
@@ -186,7 +187,8 @@ class Client:
             patience: seconds for which it looks for a server, when the one it has is gone.
             look: what the frames have in common.
         """
-        from sdxs.streaming import Conversation, Stream, settings_of
+        from sdxs.conversation import Conversation, settings_of
+        from sdxs.streaming import Stream
 
         return Stream(self._channel, Conversation(model, settings_of(look)), patience, self._metadata)
 
@@ -316,7 +318,8 @@ class AsyncClient:
 
     def stream(self, model: str = "", patience: float = 60.0, **look: "Unpack[Look]") -> "AsyncStream":
         """See Client.stream; in an `async with` block."""
-        from sdxs.streaming import AsyncStream, Conversation, settings_of
+        from sdxs.conversation import Conversation, settings_of
+        from sdxs.streaming import AsyncStream
 
         return AsyncStream(self._channel, Conversation(model, settings_of(look)), patience, self._metadata)
 

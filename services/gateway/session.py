@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdxs.conversation import merged
 from sdxs.errors import InvalidRequest, SdxsError
-from sdxs.streaming import merged
 from sdxs.v1 import stream_pb2
 from services.gateway.counts import Counts
 from services.gateway.frames import Frame, Reader, Tokens, prefixed

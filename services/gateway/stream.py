@@ -5,8 +5,8 @@ import secrets
 import time
 from collections.abc import Mapping
 
+from sdxs.conversation import merged
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, SdxsError, Unavailable
-from sdxs.streaming import merged
 from sdxs.v1 import stream_pb2
 from services.fabric.deadline import Deadline
 from services.gateway.checks import ServedModel
