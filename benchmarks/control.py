@@ -199,7 +199,12 @@ def _table_row(name: str, group: list[dict[str, Any]], split: str, conditions: l
             values = [line[f"{split}_{kind}_{measure}"] for line in group]
             spread = (max(values) - min(values)) / 2 * scale
             cells.append(f"{statistics.mean(values) * scale:.{digits}f} ± {spread:.{digits}f}")
-    return f"| {name} | {len(group)} | {group[0].get('steps', '')} | " + " | ".join(cells) + " |"
+    return f"| {name} | {len(group)} | {_steps(group)} | " + " | ".join(cells) + " |"
+
+
+def _steps(group: list[dict[str, Any]]) -> str:
+    """Of each seed, where they differ: the seconds are what is the same."""
+    return ", ".join(dict.fromkeys(str(line.get("steps", "")).strip("[]").replace(", ", " + ") for line in group))
 
 
 def main() -> None:
