@@ -1,3 +1,4 @@
+from sdxs.v1 import stage_pb2 as _stage_pb2
 from sdxs.v1 import tensor_pb2 as _tensor_pb2
 from sdxs.v1 import unet_pb2 as _unet_pb2
 from google.protobuf.internal import containers as _containers
@@ -35,16 +36,18 @@ class DecodeRequest(_message.Message):
     def __init__(self, latent: _Optional[_Union[_unet_pb2.DenoiseResponse, _Mapping]] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., receipts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("images", "batch", "unet_batch", "controlnet_batch")
+    __slots__ = ("images", "batch", "unet_batch", "controlnet_batch", "times")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     UNET_BATCH_FIELD_NUMBER: _ClassVar[int]
     CONTROLNET_BATCH_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
     batch: int
     unet_batch: int
     controlnet_batch: int
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., batch: _Optional[int] = ..., unet_batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ...) -> None: ...
+    times: _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageTime]
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., batch: _Optional[int] = ..., unet_batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ..., times: _Optional[_Iterable[_Union[_stage_pb2.StageTime, _Mapping]]] = ...) -> None: ...
 
 class EncodeImageRequest(_message.Message):
     __slots__ = ("init_image",)
@@ -53,12 +56,14 @@ class EncodeImageRequest(_message.Message):
     def __init__(self, init_image: _Optional[bytes] = ...) -> None: ...
 
 class EncodeImageResponse(_message.Message):
-    __slots__ = ("latent", "model_digest")
+    __slots__ = ("latent", "model_digest", "time")
     LATENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     latent: _tensor_pb2.Tensor
     model_digest: str
-    def __init__(self, latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ...) -> None: ...
+    time: _stage_pb2.StageTime
+    def __init__(self, latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., time: _Optional[_Union[_stage_pb2.StageTime, _Mapping]] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("data", "format", "width", "height")

@@ -25,64 +25,65 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from sdxs.v1 import control_pb2 as sdxs_dot_v1_dot_control__pb2
 from sdxs.v1 import decoder_pb2 as sdxs_dot_v1_dot_decoder__pb2
+from sdxs.v1 import stage_pb2 as sdxs_dot_v1_dot_stage__pb2
 from sdxs.v1 import stream_pb2 as sdxs_dot_v1_dot_stream__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/gateway.proto\x12\x07sdxs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\x1a\x14sdxs/v1/stream.proto\"\x8f\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12$\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\"\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\n \x01(\x0c\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_strength\"U\n\x10GenerateResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12!\n\x07receipt\x18\x02 \x01(\x0b\x32\x10.sdxs.v1.Receipt\"\xb1\x02\n\x07Receipt\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x12\n\nunet_batch\x18\x07 \x01(\r\x12\x15\n\rdecoder_batch\x18\x08 \x01(\r\x12\x15\n\rdeterministic\x18\t \x01(\x08\x12\x0f\n\x07seconds\x18\n \x01(\x01\x12\x18\n\x10\x63ontrolnet_batch\x18\x0b \x01(\r\x12)\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x17.sdxs.v1.AppliedControl\x12\x19\n\x11init_image_sha256\x18\r \x01(\t\x12\x10\n\x08strength\x18\x0e \x01(\x02\"|\n\x0e\x41ppliedControl\x12\x12\n\ncontrolnet\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\r\n\x05guess\x18\x04 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x05 \x01(\x08\x12\x14\n\x0cimage_sha256\x18\x06 \x01(\t\"\xba\x01\n\x10SubmitJobRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12*\n\x08requests\x18\x04 \x03(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x13\n\x0bwebhook_url\x18\x05 \x01(\t\"E\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x9c\x03\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x03 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.sdxs.v1.JobError\x12\x12\n\ndeliveries\x18\x06 \x01(\r\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12\x10\n\x08position\x18\n \x01(\r\x12&\n\x08progress\x18\x0b \x01(\x0b\x32\x14.sdxs.v1.JobProgress\x12\x1f\n\x05items\x18\x0c \x03(\x0b\x32\x10.sdxs.v1.JobItem\":\n\x0bJobProgress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\"\x93\x01\n\x07JobItem\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x02 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x03 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.sdxs.v1.JobError\"[\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12!\n\x06states\x18\x03 \x03(\x0e\x32\x11.sdxs.v1.JobState\"R\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.sdxs.v1.GetJobResponse\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x10WatchJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x11\x43\x61ncelJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"\x99\x01\n\x08JobImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0burl_expires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"8\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Model\"\x89\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12(\n\x0b\x63ontrolnets\x18\x06 \x03(\x0b\x32\x13.sdxs.v1.ControlNet\")\n\nControlNet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05types\x18\x02 \x03(\t*q\n\x0bJobPriority\x12\x1c\n\x18JOB_PRIORITY_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_PRIORITY_HIGH\x10\x01\x12\x17\n\x13JOB_PRIORITY_NORMAL\x10\x02\x12\x14\n\x10JOB_PRIORITY_LOW\x10\x03*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\x9e\x04\n\x0eGatewayService\x12?\n\x08Generate\x12\x18.sdxs.v1.GenerateRequest\x1a\x19.sdxs.v1.GenerateResponse\x12\x42\n\tSubmitJob\x12\x19.sdxs.v1.SubmitJobRequest\x1a\x1a.sdxs.v1.SubmitJobResponse\x12\x39\n\x06GetJob\x12\x16.sdxs.v1.GetJobRequest\x1a\x17.sdxs.v1.GetJobResponse\x12?\n\x08ListJobs\x12\x18.sdxs.v1.ListJobsRequest\x1a\x19.sdxs.v1.ListJobsResponse\x12\x41\n\x08WatchJob\x12\x18.sdxs.v1.WatchJobRequest\x1a\x19.sdxs.v1.WatchJobResponse0\x01\x12\x42\n\tCancelJob\x12\x19.sdxs.v1.CancelJobRequest\x1a\x1a.sdxs.v1.CancelJobResponse\x12\x45\n\nListModels\x12\x1a.sdxs.v1.ListModelsRequest\x1a\x1b.sdxs.v1.ListModelsResponse\x12=\n\x06Stream\x12\x16.sdxs.v1.StreamRequest\x1a\x17.sdxs.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/gateway.proto\x12\x07sdxs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/stream.proto\"\x8f\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12$\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\"\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\n \x01(\x0c\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_strength\"U\n\x10GenerateResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12!\n\x07receipt\x18\x02 \x01(\x0b\x32\x10.sdxs.v1.Receipt\"\x82\x03\n\x07Receipt\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x12\n\nunet_batch\x18\x07 \x01(\r\x12\x15\n\rdecoder_batch\x18\x08 \x01(\r\x12\x15\n\rdeterministic\x18\t \x01(\x08\x12\x0f\n\x07seconds\x18\n \x01(\x01\x12\x18\n\x10\x63ontrolnet_batch\x18\x0b \x01(\r\x12)\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x17.sdxs.v1.AppliedControl\x12\x19\n\x11init_image_sha256\x18\r \x01(\t\x12\x10\n\x08strength\x18\x0e \x01(\x02\x12\"\n\x06stages\x18\x10 \x03(\x0b\x32\x12.sdxs.v1.StageTime\x12\x19\n\x11job_queue_seconds\x18\x11 \x01(\x01\x12\x10\n\x08software\x18\x12 \x01(\t\"|\n\x0e\x41ppliedControl\x12\x12\n\ncontrolnet\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\r\n\x05guess\x18\x04 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x05 \x01(\x08\x12\x14\n\x0cimage_sha256\x18\x06 \x01(\t\"\xba\x01\n\x10SubmitJobRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12*\n\x08requests\x18\x04 \x03(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x13\n\x0bwebhook_url\x18\x05 \x01(\t\"E\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xac\x03\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x03 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.sdxs.v1.JobError\x12\x12\n\ndeliveries\x18\x06 \x01(\r\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12\x10\n\x08position\x18\n \x01(\r\x12&\n\x08progress\x18\x0b \x01(\x0b\x32\x14.sdxs.v1.JobProgress\x12\x1f\n\x05items\x18\x0c \x03(\x0b\x32\x10.sdxs.v1.JobItem\x12\x0e\n\x06tenant\x18\r \x01(\t\":\n\x0bJobProgress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\"\x93\x01\n\x07JobItem\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x02 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x03 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.sdxs.v1.JobError\"[\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12!\n\x06states\x18\x03 \x03(\x0e\x32\x11.sdxs.v1.JobState\"R\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.sdxs.v1.GetJobResponse\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x10WatchJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x11\x43\x61ncelJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"\x99\x01\n\x08JobImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0burl_expires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"8\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Model\"\x89\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12(\n\x0b\x63ontrolnets\x18\x06 \x03(\x0b\x32\x13.sdxs.v1.ControlNet\")\n\nControlNet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05types\x18\x02 \x03(\t*q\n\x0bJobPriority\x12\x1c\n\x18JOB_PRIORITY_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_PRIORITY_HIGH\x10\x01\x12\x17\n\x13JOB_PRIORITY_NORMAL\x10\x02\x12\x14\n\x10JOB_PRIORITY_LOW\x10\x03*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\x9e\x04\n\x0eGatewayService\x12?\n\x08Generate\x12\x18.sdxs.v1.GenerateRequest\x1a\x19.sdxs.v1.GenerateResponse\x12\x42\n\tSubmitJob\x12\x19.sdxs.v1.SubmitJobRequest\x1a\x1a.sdxs.v1.SubmitJobResponse\x12\x39\n\x06GetJob\x12\x16.sdxs.v1.GetJobRequest\x1a\x17.sdxs.v1.GetJobResponse\x12?\n\x08ListJobs\x12\x18.sdxs.v1.ListJobsRequest\x1a\x19.sdxs.v1.ListJobsResponse\x12\x41\n\x08WatchJob\x12\x18.sdxs.v1.WatchJobRequest\x1a\x19.sdxs.v1.WatchJobResponse0\x01\x12\x42\n\tCancelJob\x12\x19.sdxs.v1.CancelJobRequest\x1a\x1a.sdxs.v1.CancelJobResponse\x12\x45\n\nListModels\x12\x1a.sdxs.v1.ListModelsRequest\x1a\x1b.sdxs.v1.ListModelsResponse\x12=\n\x06Stream\x12\x16.sdxs.v1.StreamRequest\x1a\x17.sdxs.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBPRIORITY']._serialized_start=2685
-  _globals['_JOBPRIORITY']._serialized_end=2798
-  _globals['_JOBSTATE']._serialized_start=2801
-  _globals['_JOBSTATE']._serialized_end=2955
-  _globals['_GENERATEREQUEST']._serialized_start=136
-  _globals['_GENERATEREQUEST']._serialized_end=407
-  _globals['_GENERATERESPONSE']._serialized_start=409
-  _globals['_GENERATERESPONSE']._serialized_end=494
-  _globals['_RECEIPT']._serialized_start=497
-  _globals['_RECEIPT']._serialized_end=802
-  _globals['_APPLIEDCONTROL']._serialized_start=804
-  _globals['_APPLIEDCONTROL']._serialized_end=928
-  _globals['_SUBMITJOBREQUEST']._serialized_start=931
-  _globals['_SUBMITJOBREQUEST']._serialized_end=1117
-  _globals['_SUBMITJOBRESPONSE']._serialized_start=1119
-  _globals['_SUBMITJOBRESPONSE']._serialized_end=1188
-  _globals['_GETJOBREQUEST']._serialized_start=1190
-  _globals['_GETJOBREQUEST']._serialized_end=1221
-  _globals['_GETJOBRESPONSE']._serialized_start=1224
-  _globals['_GETJOBRESPONSE']._serialized_end=1636
-  _globals['_JOBPROGRESS']._serialized_start=1638
-  _globals['_JOBPROGRESS']._serialized_end=1696
-  _globals['_JOBITEM']._serialized_start=1699
-  _globals['_JOBITEM']._serialized_end=1846
-  _globals['_LISTJOBSREQUEST']._serialized_start=1848
-  _globals['_LISTJOBSREQUEST']._serialized_end=1939
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1941
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2023
-  _globals['_WATCHJOBREQUEST']._serialized_start=2025
-  _globals['_WATCHJOBREQUEST']._serialized_end=2058
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2060
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2116
-  _globals['_CANCELJOBREQUEST']._serialized_start=2118
-  _globals['_CANCELJOBREQUEST']._serialized_end=2152
-  _globals['_CANCELJOBRESPONSE']._serialized_start=2154
-  _globals['_CANCELJOBRESPONSE']._serialized_end=2211
-  _globals['_JOBIMAGE']._serialized_start=2214
-  _globals['_JOBIMAGE']._serialized_end=2367
-  _globals['_JOBERROR']._serialized_start=2369
-  _globals['_JOBERROR']._serialized_end=2425
-  _globals['_LISTMODELSREQUEST']._serialized_start=2427
-  _globals['_LISTMODELSREQUEST']._serialized_end=2446
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2448
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2500
-  _globals['_MODEL']._serialized_start=2503
-  _globals['_MODEL']._serialized_end=2640
-  _globals['_CONTROLNET']._serialized_start=2642
-  _globals['_CONTROLNET']._serialized_end=2683
-  _globals['_GATEWAYSERVICE']._serialized_start=2958
-  _globals['_GATEWAYSERVICE']._serialized_end=3500
+  _globals['_JOBPRIORITY']._serialized_start=2803
+  _globals['_JOBPRIORITY']._serialized_end=2916
+  _globals['_JOBSTATE']._serialized_start=2919
+  _globals['_JOBSTATE']._serialized_end=3073
+  _globals['_GENERATEREQUEST']._serialized_start=157
+  _globals['_GENERATEREQUEST']._serialized_end=428
+  _globals['_GENERATERESPONSE']._serialized_start=430
+  _globals['_GENERATERESPONSE']._serialized_end=515
+  _globals['_RECEIPT']._serialized_start=518
+  _globals['_RECEIPT']._serialized_end=904
+  _globals['_APPLIEDCONTROL']._serialized_start=906
+  _globals['_APPLIEDCONTROL']._serialized_end=1030
+  _globals['_SUBMITJOBREQUEST']._serialized_start=1033
+  _globals['_SUBMITJOBREQUEST']._serialized_end=1219
+  _globals['_SUBMITJOBRESPONSE']._serialized_start=1221
+  _globals['_SUBMITJOBRESPONSE']._serialized_end=1290
+  _globals['_GETJOBREQUEST']._serialized_start=1292
+  _globals['_GETJOBREQUEST']._serialized_end=1323
+  _globals['_GETJOBRESPONSE']._serialized_start=1326
+  _globals['_GETJOBRESPONSE']._serialized_end=1754
+  _globals['_JOBPROGRESS']._serialized_start=1756
+  _globals['_JOBPROGRESS']._serialized_end=1814
+  _globals['_JOBITEM']._serialized_start=1817
+  _globals['_JOBITEM']._serialized_end=1964
+  _globals['_LISTJOBSREQUEST']._serialized_start=1966
+  _globals['_LISTJOBSREQUEST']._serialized_end=2057
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2059
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2141
+  _globals['_WATCHJOBREQUEST']._serialized_start=2143
+  _globals['_WATCHJOBREQUEST']._serialized_end=2176
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2178
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2234
+  _globals['_CANCELJOBREQUEST']._serialized_start=2236
+  _globals['_CANCELJOBREQUEST']._serialized_end=2270
+  _globals['_CANCELJOBRESPONSE']._serialized_start=2272
+  _globals['_CANCELJOBRESPONSE']._serialized_end=2329
+  _globals['_JOBIMAGE']._serialized_start=2332
+  _globals['_JOBIMAGE']._serialized_end=2485
+  _globals['_JOBERROR']._serialized_start=2487
+  _globals['_JOBERROR']._serialized_end=2543
+  _globals['_LISTMODELSREQUEST']._serialized_start=2545
+  _globals['_LISTMODELSREQUEST']._serialized_end=2564
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2566
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2618
+  _globals['_MODEL']._serialized_start=2621
+  _globals['_MODEL']._serialized_end=2758
+  _globals['_CONTROLNET']._serialized_start=2760
+  _globals['_CONTROLNET']._serialized_end=2801
+  _globals['_GATEWAYSERVICE']._serialized_start=3076
+  _globals['_GATEWAYSERVICE']._serialized_end=3618
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from sdxs.v1 import control_pb2 as _control_pb2
 from sdxs.v1 import decoder_pb2 as _decoder_pb2
+from sdxs.v1 import stage_pb2 as _stage_pb2
 from sdxs.v1 import stream_pb2 as _stream_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -74,7 +75,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, images: _Optional[_Iterable[_Union[_decoder_pb2.Image, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "model_digest", "prompt", "seeds", "width", "height", "unet_batch", "decoder_batch", "deterministic", "seconds", "controlnet_batch", "controls", "init_image_sha256", "strength")
+    __slots__ = ("model", "model_digest", "prompt", "seeds", "width", "height", "unet_batch", "decoder_batch", "deterministic", "seconds", "controlnet_batch", "controls", "init_image_sha256", "strength", "stages", "job_queue_seconds", "software")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +90,9 @@ class Receipt(_message.Message):
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     INIT_IMAGE_SHA256_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    JOB_QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_digest: str
     prompt: str
@@ -103,7 +107,10 @@ class Receipt(_message.Message):
     controls: _containers.RepeatedCompositeFieldContainer[AppliedControl]
     init_image_sha256: str
     strength: float
-    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seeds: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., deterministic: _Optional[bool] = ..., seconds: _Optional[float] = ..., controlnet_batch: _Optional[int] = ..., controls: _Optional[_Iterable[_Union[AppliedControl, _Mapping]]] = ..., init_image_sha256: _Optional[str] = ..., strength: _Optional[float] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageTime]
+    job_queue_seconds: float
+    software: str
+    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seeds: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., deterministic: _Optional[bool] = ..., seconds: _Optional[float] = ..., controlnet_batch: _Optional[int] = ..., controls: _Optional[_Iterable[_Union[AppliedControl, _Mapping]]] = ..., init_image_sha256: _Optional[str] = ..., strength: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[_stage_pb2.StageTime, _Mapping]]] = ..., job_queue_seconds: _Optional[float] = ..., software: _Optional[str] = ...) -> None: ...
 
 class AppliedControl(_message.Message):
     __slots__ = ("controlnet", "type", "scale", "guess", "preprocessed", "image_sha256")
@@ -150,7 +157,7 @@ class GetJobRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
 
 class GetJobResponse(_message.Message):
-    __slots__ = ("job_id", "state", "images", "receipt", "error", "deliveries", "created", "finished", "priority", "position", "progress", "items")
+    __slots__ = ("job_id", "state", "images", "receipt", "error", "deliveries", "created", "finished", "priority", "position", "progress", "items", "tenant")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +170,7 @@ class GetJobResponse(_message.Message):
     POSITION_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     state: JobState
     images: _containers.RepeatedCompositeFieldContainer[JobImage]
@@ -175,7 +183,8 @@ class GetJobResponse(_message.Message):
     position: int
     progress: JobProgress
     items: _containers.RepeatedCompositeFieldContainer[JobItem]
-    def __init__(self, job_id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., images: _Optional[_Iterable[_Union[JobImage, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., deliveries: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., priority: _Optional[_Union[JobPriority, str]] = ..., position: _Optional[int] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., items: _Optional[_Iterable[_Union[JobItem, _Mapping]]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, job_id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., images: _Optional[_Iterable[_Union[JobImage, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., deliveries: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., priority: _Optional[_Union[JobPriority, str]] = ..., position: _Optional[int] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., items: _Optional[_Iterable[_Union[JobItem, _Mapping]]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class JobProgress(_message.Message):
     __slots__ = ("done", "total", "failed")

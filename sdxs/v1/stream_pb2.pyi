@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import duration_pb2 as _duration_pb2
 from sdxs.v1 import control_pb2 as _control_pb2
 from sdxs.v1 import decoder_pb2 as _decoder_pb2
+from sdxs.v1 import stage_pb2 as _stage_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -152,7 +153,7 @@ class SessionState(_message.Message):
     def __init__(self, phase: _Optional[_Union[SessionPhase, str]] = ..., session_id: _Optional[str] = ..., position: _Optional[int] = ..., resume_token: _Optional[str] = ..., reason: _Optional[_Union[ClosedReason, str]] = ..., error: _Optional[_Union[StreamError, _Mapping]] = ..., last_answered: _Optional[int] = ..., settings_taken: _Optional[int] = ...) -> None: ...
 
 class FrameImage(_message.Message):
-    __slots__ = ("frame_id", "image", "seed", "unet_batch", "decoder_batch", "controlnet_batch", "queued_seconds", "total_seconds")
+    __slots__ = ("frame_id", "image", "seed", "unet_batch", "decoder_batch", "controlnet_batch", "queued_seconds", "total_seconds", "stages")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +162,7 @@ class FrameImage(_message.Message):
     CONTROLNET_BATCH_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     image: _decoder_pb2.Image
     seed: int
@@ -169,7 +171,8 @@ class FrameImage(_message.Message):
     controlnet_batch: int
     queued_seconds: float
     total_seconds: float
-    def __init__(self, frame_id: _Optional[int] = ..., image: _Optional[_Union[_decoder_pb2.Image, _Mapping]] = ..., seed: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageTime]
+    def __init__(self, frame_id: _Optional[int] = ..., image: _Optional[_Union[_decoder_pb2.Image, _Mapping]] = ..., seed: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[_stage_pb2.StageTime, _Mapping]]] = ...) -> None: ...
 
 class FrameDropped(_message.Message):
     __slots__ = ("frame_id", "reason", "standing_frame_id")

@@ -1,3 +1,4 @@
+from sdxs.v1 import stage_pb2 as _stage_pb2
 from sdxs.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -13,11 +14,13 @@ class EncodeRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
-    __slots__ = ("text", "model_digest", "pooled")
+    __slots__ = ("text", "model_digest", "pooled", "time")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     POOLED_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     text: _tensor_pb2.Tensor
     model_digest: str
     pooled: _tensor_pb2.Tensor
-    def __init__(self, text: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., pooled: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    time: _stage_pb2.StageTime
+    def __init__(self, text: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., pooled: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., time: _Optional[_Union[_stage_pb2.StageTime, _Mapping]] = ...) -> None: ...

@@ -1,4 +1,5 @@
 from sdxs.v1 import control_pb2 as _control_pb2
+from sdxs.v1 import stage_pb2 as _stage_pb2
 from sdxs.v1 import tensor_pb2 as _tensor_pb2
 from sdxs.v1 import text_encoder_pb2 as _text_encoder_pb2
 from google.protobuf.internal import containers as _containers
@@ -56,13 +57,15 @@ class Shape(_message.Message):
     def __init__(self, sizes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DenoiseResponse(_message.Message):
-    __slots__ = ("latent", "model_digest", "batch", "controlnet_batch")
+    __slots__ = ("latent", "model_digest", "batch", "controlnet_batch", "times")
     LATENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     CONTROLNET_BATCH_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     latent: _tensor_pb2.Tensor
     model_digest: str
     batch: int
     controlnet_batch: int
-    def __init__(self, latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ...) -> None: ...
+    times: _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageTime]
+    def __init__(self, latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model_digest: _Optional[str] = ..., batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ..., times: _Optional[_Iterable[_Union[_stage_pb2.StageTime, _Mapping]]] = ...) -> None: ...

@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from sdxs import tensors
 from sdxs.errors import InvalidRequest
 from sdxs.residuals import Residuals
-from sdxs.v1 import unet_pb2
+from sdxs.v1 import stage_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.handover import Lender, Loan
 from services.fabric.peers import Address, Stage
@@ -104,6 +104,7 @@ class Sender:
             latent=tensors.encode(np.concatenate(latents)),
             model_digest=answers[0].model_digest,
             batch=max(answer.batch for answer in answers),
+            times=max((answer.times for answer in answers), key=_seconds),
         )
 
     async def _call(self, encode: Callable[[Address], bytes], deadline: Deadline) -> unet_pb2.DenoiseResponse:
@@ -140,6 +141,11 @@ def _only(request: unet_pb2.DenoiseRequest, part: slice) -> unet_pb2.DenoiseRequ
     del some.seeds[:]
     some.seeds.extend(request.seeds[part])
     return some
+
+
+def _seconds(times: Iterable[stage_pb2.StageTime]) -> float:
+    """Waiting and computing together."""
+    return sum(time.queue_seconds + time.compute_seconds for time in times)
 
 
 def _rows(residuals: Residuals, part: slice) -> Residuals:

@@ -14,6 +14,7 @@ from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
 from services.fabric.denoising import Facts, Guided, Image
+from services.fabric.times import software, spent
 from services.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class ControlNetService:
         self._controlnets = controlnets
         self._sender = sender
         self._facts = facts
+        self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 
     def close(self) -> None:
@@ -57,6 +59,7 @@ class ControlNetService:
         rows = [done.result.residuals for done in computed if done.result.residuals is not None]
         response = await self._sender.send(request, Residuals.stack(rows, rows[0]), deadline)
         response.controlnet_batch = max(done.result.batch for done in computed)
+        response.times.insert(0, spent("controlnet", computed, self._software))
         return response
 
     def _compute(self, images: Sequence[Image]) -> Sequence[Guided]:

@@ -14,6 +14,7 @@ from sdxs.noise import MAX_IMAGES
 from sdxs.v1 import decoder_pb2, unet_pb2
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
+from services.fabric.times import software, spent
 from services.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class DecoderService:
         self._image_size = image_size
         self._encoding = GreedyBatcher(self._latent, max_batch=1, max_waiting=settings.max_in_flight)
         self._model_digest = model_digest
+        self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 
     def close(self) -> None:
@@ -71,10 +73,13 @@ class DecoderService:
                 for done, receipt in zip(computed, receipts, strict=False)
             )
         )
-        batch = max(done.batch for done in computed)
         before = request.latent
         return decoder_pb2.DecodeResponse(
-            images=files, batch=batch, unet_batch=before.batch, controlnet_batch=before.controlnet_batch
+            images=files,
+            batch=max(done.batch for done in computed),
+            unet_batch=before.batch,
+            controlnet_batch=before.controlnet_batch,
+            times=[*before.times, spent("decoder", computed, self._software)],
         )
 
     async def encode_image(
@@ -86,7 +91,8 @@ class DecoderService:
             raise PreconditionFailed("this model has no image encoder, so it makes no images from images")
         image_HWC = await asyncio.to_thread(_fitted, request.init_image, self._image_size)
         [computed] = await self._encoding.submit([image_HWC], deadline=deadline)
-        return decoder_pb2.EncodeImageResponse(latent=tensors.encode(computed.result), model_digest=self._model_digest)
+        time, latent = spent("image_encoder", [computed], self._software), tensors.encode(computed.result)
+        return decoder_pb2.EncodeImageResponse(latent=latent, model_digest=self._model_digest, time=time)
 
     def _latent(self, images: Sequence[tensors.Array]) -> Sequence[tensors.Array]:
         """One forward pass."""

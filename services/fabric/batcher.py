@@ -21,10 +21,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Batched(Generic[Result]):
-    """One item's result and the size of the batch it was computed in."""
+    """One item's result, the size of the batch it was computed in, and its seconds in the queue and on the device."""
 
     result: Result
     batch: int
+    queue_s: float = 0.0
+    compute_s: float = 0.0
 
 
 @dataclass
@@ -33,6 +35,7 @@ class _Waiting(Generic[Item, Result]):
     alone: bool
     deadline: Deadline
     done: "asyncio.Future[Batched[Result]]"
+    since: float
 
 
 class GreedyBatcher(Generic[Item, Result]):
@@ -58,7 +61,7 @@ class GreedyBatcher(Generic[Item, Result]):
         if len(self._waiting) + len(items) > self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} items wait already, at most {self._max_waiting} may")
         loop = asyncio.get_running_loop()
-        mine = [_Waiting[Item, Result](item, alone, deadline, loop.create_future()) for item in items]
+        mine = [_Waiting[Item, Result](item, alone, deadline, loop.create_future(), loop.time()) for item in items]
         for waiting in mine:
             self._waiting.push(waiting, deadline.priority, deadline.tenant)
         if self._running is None or self._running.done():
@@ -73,14 +76,16 @@ class GreedyBatcher(Generic[Item, Result]):
         """Compute batch after batch until nothing waits."""
         loop = asyncio.get_running_loop()
         while batch := self._take():
+            began = loop.time()
             try:
                 results = await loop.run_in_executor(self._device, self._compute, [waiting.item for waiting in batch])
             except Exception as error:
                 self._fail(batch, error)
             else:
+                compute_s = loop.time() - began
                 for waiting, result in zip(batch, results, strict=True):
                     if not waiting.done.done():
-                        waiting.done.set_result(Batched(result, len(batch)))
+                        waiting.done.set_result(Batched(result, len(batch), began - waiting.since, compute_s))
 
     def _take(self) -> list[_Waiting[Item, Result]]:
         """The next batch, without what nobody waits for any more."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from sdxs.v1 import gateway_pb2
 
-FIELDS = ("state", "class", "deliveries", "created", "finished", "outcome", "total", "batch", "failed")
+FIELDS = ("state", "class", "deliveries", "created", "finished", "outcome", "total", "batch", "failed", "tenant")
 """Of the hash, without the request, which may be megabytes."""
 
 OVER = (gateway_pb2.JOB_STATE_SUCCEEDED, gateway_pb2.JOB_STATE_FAILED, gateway_pb2.JOB_STATE_CANCELLED)
@@ -17,12 +17,12 @@ def read_job(
 
     None when there is no such job.
     """
-    state, job_class, deliveries, created, finished, outcome, total, batch, failed = values
+    state, job_class, deliveries, created, finished, outcome, total, batch, failed, tenant = values
     if state is None or created is None:
         return None
     job = gateway_pb2.GetJobResponse.FromString(outcome or b"")
     job.job_id, job.state, job.priority = job_id, state.decode(), int(job_class or 0)  # type: ignore[assignment]
-    job.deliveries = int(deliveries or 0)
+    job.deliveries, job.tenant = int(deliveries or 0), (tenant or b"").decode()
     job.position = 0 if rank is None else rank + 1
     _set_time(job, "created", created)
     if finished is not None:

@@ -50,11 +50,12 @@ local function finish(id, state, outcome, now, ttl, keep_request)
 end
 """
 
-# ARGV: id, fingerprint of what was asked, request, time, class, webhook, number of requests, whether a batch, most jobs, most bytes.
+# ARGV: id, fingerprint of what was asked, request, time, class, webhook, number of requests, whether a batch, tenant, most jobs,
+# most bytes.
 SUBMIT = (
     _COMMON
     + """
-local id, fingerprint, request, now, class, webhook, total, batch, most_jobs, most_bytes = unpack(ARGV)
+local id, fingerprint, request, now, class, webhook, total, batch, tenant, most_jobs, most_bytes = unpack(ARGV)
 local asked, state = unpack(redis.call('HMGET', job(id), 'asked', 'state'))
 if asked then return asked == fingerprint and state or 'other' end
 local why = full(#request, most_jobs, most_bytes)
@@ -66,7 +67,7 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', expiring, '-inf', now, 'LIMIT'
 end
 redis.call('DEL', items(id))
 redis.call('HSET', job(id), 'asked', fingerprint, 'request', request, 'created', now, 'class', class, 'webhook', webhook,
-  'total', total, 'batch', batch, 'bytes', #request, 'run', 1)
+  'total', total, 'batch', batch, 'tenant', tenant, 'bytes', #request, 'run', 1)
 redis.call('ZADD', index, enqueue(id, tonumber(class), #request), id)
 redis.call('ZREM', expiring, id)
 return 'JOB_STATE_QUEUED'
@@ -75,8 +76,8 @@ return 'JOB_STATE_QUEUED'
 
 # ARGV: consumer, idle time in ms after which another's job is taken (-1: none is), most deliveries.
 # Gives `job` or `spent` (delivered too often already: not counted, not begun) with entry, class, id, request, number of this
-# delivery, why the last one failed and the items it has; `dropped` with an entry whose job is over or unknown; or `none` with the
-# last entries of the streams, to wait for the next.
+# delivery, why the last one failed, when it was submitted, its tenant and the items it has; `dropped` with an entry whose job is over
+# or unknown; or `none` with the last entries of the streams, to wait for the next.
 TAKE = (
     _COMMON
     + """
@@ -85,7 +86,8 @@ local consumer, idle, most = unpack(ARGV)
 local function deliver(class, found)
   local entry, id = found[1], ''
   for i = 1, #found[2], 2 do if found[2][i] == 'job' then id = found[2][i + 1] end end
-  local state, mine, request, why, tries = unpack(redis.call('HMGET', job(id), 'state', 'entry', 'request', 'why', 'tries'))
+  local state, mine, request, why, tries, created, tenant =
+    unpack(redis.call('HMGET', job(id), 'state', 'entry', 'request', 'why', 'tries', 'created', 'tenant'))
   if not request or over[state] or mine ~= entry then
     redis.call('XACK', streams[class], 'workers', entry)
     redis.call('XDEL', streams[class], entry)
@@ -99,7 +101,7 @@ local function deliver(class, found)
     redis.call('ZREM', waiting, id)
     tell(id)
   end
-  return {kind, entry, class, id, request, number, why or '', redis.call('HKEYS', items(id))}
+  return {kind, entry, class, id, request, number, why or '', created, tenant or '', redis.call('HKEYS', items(id))}
 end
 
 if tonumber(idle) >= 0 then

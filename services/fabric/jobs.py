@@ -11,7 +11,7 @@ progress it is dead. Bounded: what does not fit is refused, nothing is trimmed a
     {sdxs}:counters         hash: queued and taken (so many jobs ever), bytes (of the requests of jobs that have not ended)
     {sdxs}:webhooks         sorted set of ended jobs whose webhook is to be called, by when (services.fabric.job_webhooks)
     {sdxs}:dead             stream of {job: id, why: text}, for people (services.fabric.dead_jobs)
-    {sdxs}:job:{id}         hash: asked, request, class, state, entry, deliveries, tries, created, finished, outcome, why, ...;
+    {sdxs}:job:{id}         hash: asked, request, class, tenant, state, entry, deliveries, tries, created, finished, outcome, why, ...;
                             also the channel that tells of its changes (services.fabric.job_changes)
     {sdxs}:job:{id}:items   hash: what a batch has so far, by index
 
@@ -55,6 +55,9 @@ class Delivery:
     job_id: str
     request: bytes
     number: int
+    created: float = 0.0
+    """When it was submitted, in seconds since 1970."""
+    tenant: str = ""
     done: frozenset[int] = frozenset()
     """Items of a batch that earlier deliveries made."""
 
@@ -93,7 +96,7 @@ class JobQueue:
         """Hang up."""
         await self.redis.aclose()
 
-    async def submit(self, job_id: str, asked: bytes, order: gateway_pb2.SubmitJobRequest) -> str:
+    async def submit(self, job_id: str, asked: bytes, order: gateway_pb2.SubmitJobRequest, tenant: str = "") -> str:
         """Queue a job once; the same id and the same `asked` again only tell its state, a name of JobState.
 
         `asked` is what the client sent, `order` the same with what the server chose (the seeds), so that every delivery
@@ -104,9 +107,9 @@ class JobQueue:
             kept.request.CopyFrom(order.request)
         job_class = order.priority or gateway_pb2.JOB_PRIORITY_NORMAL
         total, batch = (len(order.requests), 1) if order.requests else (1, 0)
-        about = (job_class, order.webhook_url, total, batch)
+        about = (job_class, order.webhook_url, total, batch, tenant)
         limits = (self.settings.max_queued_jobs, self.settings.max_queued_bytes)
-        fingerprint = hashlib.sha256(asked).hexdigest()
+        fingerprint = hashlib.sha256(tenant.encode() + b"\0" + asked).hexdigest()
         answer = await self.run(scripts.SUBMIT, job_id, fingerprint, kept.SerializeToString(), time.time(), *about, *limits)
         if answer == b"other":
             raise AlreadyExists(f"request_id {job_id!r} stands for another request")
@@ -197,8 +200,10 @@ class JobQueue:
         if kind == b"dropped":
             logger.warning("entry %s of the queue is dropped: job %r is over or unknown", entry.decode(), job_id)
             return None
-        request, number, why, done = told
-        delivery = Delivery(entry, job_class, job_id, request, number, frozenset(map(int, done)))
+        request, number, why, created, tenant, done = told
+        delivery = Delivery(
+            entry, job_class, job_id, request, number, float(created), tenant.decode(), frozenset(map(int, done))
+        )
         if kind == b"spent":
             await self.bury(delivery, (why or b"its worker died").decode(errors="replace"))
             return None

@@ -8,9 +8,10 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sdxs.errors import Internal, InvalidRequest
-from sdxs.v1 import decoder_pb2, tensor_pb2, text_encoder_pb2, unet_pb2
+from sdxs.v1 import decoder_pb2, stage_pb2, text_encoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.peers import Stage
 from services.fabric.wire import embed
@@ -54,6 +55,14 @@ class PromptCache:
             self._bytes -= len(self._encoded.popitem(last=False)[1])
 
 
+@dataclass(frozen=True)
+class Latents:
+    """An encoded DenoiseResponse, and what the stages before the U-Net spent on it."""
+
+    encoded: bytes
+    times: tuple[stage_pb2.StageTime, ...] = ()
+
+
 class Chain:
     """The stages of one model. Without a `controlnet` stage controls go to the U-Net, which then hosts the ControlNets."""
 
@@ -75,41 +84,49 @@ class Chain:
         """The order's images. Raises SdxsError."""
         return await self.decode(order, await self.denoise(order, deadline), receipts, deadline)
 
-    async def denoise(self, order: Order, deadline: Deadline) -> bytes:
-        """The order's latents, an encoded DenoiseResponse: all up to the U-Net. Raises SdxsError."""
-        text = await self._encode(order.prompt, deadline)
+    async def denoise(self, order: Order, deadline: Deadline) -> Latents:
+        """The order's latents: all up to the U-Net. Raises SdxsError."""
+        times = list[stage_pb2.StageTime]()
+        text = await self._encode(order.prompt, deadline, times)
         options = unet_pb2.DenoiseRequest(seeds=order.seeds, deterministic=order.deterministic, controls=order.controls)
         if order.init_image:
-            options.init_latent.CopyFrom(await self._encode_image(order.init_image, deadline))
+            encoded = await self._encode_image(order.init_image, deadline)
+            times.append(encoded.time)
+            options.init_latent.CopyFrom(encoded.latent)
             options.strength = order.strength
         unet = self._controlnet if order.controls else self._unet
-        return await _call(unet, "Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
+        latent = await _call(unet, "Denoise", embed(_TEXT, text) + options.SerializeToString(), deadline)
+        return Latents(latent, tuple(times))
 
     async def decode(
-        self, order: Order, latent: bytes, receipts: Sequence[str], deadline: Deadline
+        self, order: Order, latents: Latents, receipts: Sequence[str], deadline: Deadline
     ) -> decoder_pb2.DecodeResponse:
-        """The images of what `denoise` gave. Raises SdxsError."""
+        """The images of what `denoise` gave, with the times of all stages. Raises SdxsError."""
         wishes = decoder_pb2.DecodeRequest(format=order.format, deterministic=order.deterministic, receipts=receipts)
-        images = await _call(self._decoder, "Decode", embed(_LATENT, latent) + wishes.SerializeToString(), deadline)
-        return decoder_pb2.DecodeResponse.FromString(images)
+        request = embed(_LATENT, latents.encoded) + wishes.SerializeToString()
+        made = decoder_pb2.DecodeResponse.FromString(await _call(self._decoder, "Decode", request, deadline))
+        for place, time in enumerate(latents.times):
+            made.times.insert(place, time)
+        return made
 
     async def check_prompt(self, prompt: str, deadline: Deadline) -> None:
         """Raises InvalidRequest(field="prompt") for what the text encoder would refuse."""
-        await self._encode(prompt, deadline)
+        await self._encode(prompt, deadline, [])
 
-    async def _encode_image(self, init_image: bytes, deadline: Deadline) -> tensor_pb2.Tensor:
+    async def _encode_image(self, init_image: bytes, deadline: Deadline) -> decoder_pb2.EncodeImageResponse:
         """The init image's latent."""
         request = decoder_pb2.EncodeImageRequest(init_image=init_image).SerializeToString()
         answer = await _call(self._decoder, "EncodeImage", request, deadline)
-        return decoder_pb2.EncodeImageResponse.FromString(answer).latent
+        return decoder_pb2.EncodeImageResponse.FromString(answer)
 
-    async def _encode(self, prompt: str, deadline: Deadline) -> bytes:
-        """An encoded EncodeResponse."""
+    async def _encode(self, prompt: str, deadline: Deadline, times: list[stage_pb2.StageTime]) -> bytes:
+        """An encoded EncodeResponse; what it took goes to `times`, unless it was there already."""
         encoded = self._cache.get(prompt)
         if encoded is None:
             request = text_encoder_pb2.EncodeRequest(prompt=prompt).SerializeToString()
             encoded = await _call(self._text_encoder, "Encode", request, deadline)
             self._cache.put(prompt, encoded)
+            times.append(text_encoder_pb2.EncodeResponse.FromString(encoded).time)
         return encoded
 
 

@@ -31,12 +31,14 @@ class JobDesk:
         self._url_ttl_s = url_ttl_s
         self._leaving = False
 
-    async def submit(self, job_id: str, asked: bytes, order: gateway_pb2.SubmitJobRequest) -> gateway_pb2.SubmitJobResponse:
+    async def submit(
+        self, job_id: str, asked: bytes, order: gateway_pb2.SubmitJobRequest, tenant: str
+    ) -> gateway_pb2.SubmitJobResponse:
         """See JobQueue.submit. Raises what `check_url` does for its webhook too."""
         if order.webhook_url:
             await check_url(order.webhook_url, self._queue.settings)
         with _answering():
-            state = await self._queue.submit(job_id, asked, order)
+            state = await self._queue.submit(job_id, asked, order, tenant)
         return gateway_pb2.SubmitJobResponse(job_id=job_id, state=state)
 
     async def get(self, job_id: str) -> gateway_pb2.GetJobResponse:

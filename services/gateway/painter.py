@@ -9,6 +9,7 @@ from sdxs.errors import DeadlineExceeded, Internal, InvalidRequest, SdxsError
 from sdxs.v1 import decoder_pb2, stream_pb2
 from services.fabric.deadline import Deadline
 from services.gateway import checks
+from services.gateway.chain import Latents
 from services.gateway.checks import Order
 from services.gateway.frames import Frame, error_message, named
 from services.gateway.similarity import SimilarityFilter
@@ -19,12 +20,12 @@ logger = logging.getLogger(__name__)
 class Draws(Protocol):
     """The part of a chain that sessions use."""
 
-    async def denoise(self, order: Order, deadline: Deadline) -> bytes:
+    async def denoise(self, order: Order, deadline: Deadline) -> Latents:
         """All up to the U-Net."""
         ...
 
     async def decode(
-        self, order: Order, latent: bytes, receipts: Sequence[str], deadline: Deadline
+        self, order: Order, latents: Latents, receipts: Sequence[str], deadline: Deadline
     ) -> decoder_pb2.DecodeResponse:
         """The rest."""
         ...
@@ -61,9 +62,9 @@ class Painter:
         standing = await self._similarity.standing(frame.id, frame.order)
         if standing is not None:
             return dropped(frame.id, stream_pb2.DROP_REASON_SIMILAR, standing)
-        latent = await self._chain.denoise(frame.order, frame.deadline)
+        latents = await self._chain.denoise(frame.order, frame.deadline)
         leave_unet(frame)
-        made = await self._chain.decode(frame.order, latent, checks.receipts(frame.order), frame.deadline)
+        made = await self._chain.decode(frame.order, latents, checks.receipts(frame.order), frame.deadline)
         return stream_pb2.StreamResponse(
             image=stream_pb2.FrameImage(
                 frame_id=frame.id,
@@ -74,6 +75,7 @@ class Painter:
                 controlnet_batch=made.controlnet_batch,
                 queued_seconds=began - frame.arrived,
                 total_seconds=time.monotonic() - frame.arrived,
+                stages=made.times,
             )
         )
 

@@ -15,6 +15,7 @@ from sdxs.bundle import Manifest
 from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
 from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2, stream_pb2
 from services.fabric.deadline import Deadline
+from services.fabric.times import products
 from services.gateway import checks
 from services.gateway.chain import Chain
 from services.gateway.desk import JobDesk
@@ -109,7 +110,7 @@ class GatewayService:
         asked = gateway_pb2.SubmitJobRequest()
         asked.CopyFrom(request)
         asked.ClearField("request_id")
-        return await desk.submit(job_id, asked.SerializeToString(deterministic=True), order)
+        return await desk.submit(job_id, asked.SerializeToString(deterministic=True), order, deadline.tenant)
 
     async def _choose(
         self, field: str, asked: gateway_pb2.GenerateRequest, gate: asyncio.Semaphore, deadline: Deadline
@@ -194,6 +195,8 @@ def _receipt(order: checks.Order, made: decoder_pb2.DecodeResponse, seconds: flo
         controls=[_applied(control) for control in order.controls],
         init_image_sha256=checks.sha256(order.init_image),
         strength=order.strength if order.init_image else 0.0,
+        stages=made.times,
+        software=products(),
     )
 
 

@@ -10,6 +10,7 @@ from sdxs.prompts import Prompts
 from sdxs.v1 import text_encoder_pb2
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
+from services.fabric.times import software, spent
 from services.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class TextEncoderService:
     def __init__(self, encoder: "TextEncoder", model_digest: str, settings: ServingSettings) -> None:
         self._encoder = encoder
         self._model_digest = model_digest
+        self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, max_batch=1, max_waiting=settings.max_in_flight)
 
     def close(self) -> None:
@@ -41,9 +43,11 @@ class TextEncoderService:
         deadline.remaining()
         self._encoder.check(request.prompt)
         [computed] = await self._batcher.submit([request.prompt], deadline=deadline)
+        time = spent("text_encoder", [computed], self._software)
         text_BLD, pooled_BD = computed.result.text_BLD, computed.result.pooled_BD
         pooled = None if pooled_BD is None else tensors.encode(pooled_BD[0])
-        return text_encoder_pb2.EncodeResponse(text=tensors.encode(text_BLD[0]), pooled=pooled, model_digest=self._model_digest)
+        text = tensors.encode(text_BLD[0])
+        return text_encoder_pb2.EncodeResponse(text=text, pooled=pooled, model_digest=self._model_digest, time=time)
 
     def _compute(self, prompts: Sequence[str]) -> Sequence[Prompts]:
         """One forward pass."""

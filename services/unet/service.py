@@ -15,6 +15,7 @@ from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
 from services.fabric.denoising import Facts, Image
+from services.fabric.times import software, spent
 from services.settings import ServingSettings
 from services.unet.receiving import Receiver, residual_shapes, together
 
@@ -44,6 +45,7 @@ class UNetService:
         self._controlnets = controlnets
         self._shapes = residual_shapes(unet.network, facts.latent_shape)
         self._receiver = Receiver(self._shapes)
+        self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 
     def close(self) -> None:
@@ -71,6 +73,7 @@ class UNetService:
             model_digest=self._facts.digest,
             batch=max(done.batch for done in computed),
             controlnet_batch=max(done.result.controlnet_batch for done in computed),
+            times=[spent("unet", computed, self._software)],
         )
 
     def _compute(self, images: Sequence[Image]) -> Sequence[_Done]:

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import socket
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 
@@ -118,14 +119,17 @@ class Worker:
     async def _make(self, delivery: Delivery) -> gateway_pb2.GetJobResponse:
         """Generate and store. The keys follow from the job's id, so doing it twice changes nothing."""
         order = gateway_pb2.SubmitJobRequest.FromString(delivery.request)
+        once = functools.partial(self._once, delivery)
         if order.requests:
-            return await make_batch(self._queue, delivery, order.requests, self._once, self._at_once)
-        made = await self._once(order.request, f"jobs/{delivery.job_id}")
+            return await make_batch(self._queue, delivery, order.requests, once, self._at_once)
+        made = await once(order.request, f"jobs/{delivery.job_id}")
         return gateway_pb2.GetJobResponse(images=made.images, receipt=made.receipt)
 
-    async def _once(self, request: gateway_pb2.GenerateRequest, folder: str) -> gateway_pb2.JobItem:
+    async def _once(self, delivery: Delivery, request: gateway_pb2.GenerateRequest, folder: str) -> gateway_pb2.JobItem:
         """One request to its images in the store, `folder`/0.png and so on. A gateway that is full is asked again, as late as it says."""
-        deadline = Deadline.after(JOB_PATIENCE * self._visibility_s, Priority.LOW)  # after those who wait on the line
+        queued_s = time.time() - delivery.created
+        # After those who wait on the line.
+        deadline = Deadline.after(JOB_PATIENCE * self._visibility_s, Priority.LOW, delivery.tenant)
         payload = request.SerializeToString()
         while True:
             try:
@@ -136,6 +140,7 @@ class Worker:
                 if deadline.within(pause_s).at == deadline.at:
                     raise
                 await asyncio.sleep(pause_s)
+        generated.receipt.job_queue_seconds = queued_s
         item = gateway_pb2.JobItem(state=gateway_pb2.JOB_STATE_SUCCEEDED, receipt=generated.receipt)
         for index, image in enumerate(generated.images):
             key = f"{folder}/{index}.{extension(image.format)}"

@@ -146,6 +146,9 @@ def test_a_served_image_is_the_in_process_one(client: Client, pipeline: OneStepP
     assert served.images[0].data == here.astype(np.uint8).tobytes()
     assert served.receipt.unet_batch == 1
     assert served.receipt.controlnet_batch == bool(ask.controls)
+    way = {"image_encoder": bool(ask.init_image), "controlnet": bool(ask.controls), "unet": True, "decoder": True}
+    stages = [stage.stage for stage in served.receipt.stages if stage.stage != "text_encoder"]
+    assert stages == [stage for stage, passed in way.items() if passed]
     plain = Ask().here(pipeline)
     if ask != Ask():
         assert np.abs(here - plain).max() > 8, "it changes nothing"

@@ -334,3 +334,29 @@ async def test_the_dead_by_command_line(client: AsyncClient, queue: JobQueue, re
         await run("dead", "replay", **environment)
     with pytest.raises(Unavailable):
         await run("dead", "list", SDXS_REDIS_URL="redis://127.0.0.1:1/0")
+
+
+async def test_a_job_is_its_tenants_and_says_how_long_it_waited(address: str, queue: JobQueue, tmp_path: Path) -> None:
+    served = list[tuple[str, str]]()
+
+    async def noting(payload: bytes, deadline: Deadline) -> bytes:
+        served.append((deadline.tenant, deadline.priority.value))
+        return await generated(payload, deadline)
+
+    async with (
+        asyncio.timeout(30),
+        AsyncClient(address, tenant="acme") as client,
+        AsyncClient(address, tenant="other") as other,
+    ):
+        job_id = await client.submit_job("apple", request_id="one")
+        batch = await client.submit_batch(["a", "b"])
+        with pytest.raises(AlreadyExists):
+            await other.submit_job("apple", request_id="one")
+        await asyncio.sleep(0.2)
+        async with Working(queue, tmp_path, noting):
+            ends = [[job async for job in client.watch_job(name)][-1] for name in (job_id, batch)]
+    assert served == [("acme", "low")] * 3
+    assert [job.tenant for job in ends] == ["acme", "acme"]
+    waited = [ends[0].receipt, *(item.receipt for item in ends[1].items)]
+    for receipt in waited:
+        assert 0.2 <= receipt.job_queue_seconds <= (ends[1].finished.ToNanoseconds() - ends[0].created.ToNanoseconds()) / 1e9

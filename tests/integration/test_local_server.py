@@ -11,6 +11,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -18,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import sdxs
 from sdxs import images, tensors
 from sdxs.client import AsyncClient, Client
 from sdxs.embedded import free_port
@@ -98,6 +100,20 @@ def test_the_receipt_says_how_to_make_it_again(client: Client) -> None:
     assert again.images[0].data == first.images[0].data
     text = json.loads(images.receipt_text(first.images[0].data))
     assert text == {"prompt": PROMPT, "seed": first.receipt.seeds[0], "model": "tiny", "digest": first.receipt.model_digest}
+
+
+def test_the_receipt_says_what_each_stage_took(client: Client) -> None:
+    first = client.generate("unasked", seed=1).receipt
+    again = client.generate("unasked", seed=2).receipt
+    assert [stage.stage for stage in first.stages] == ["text_encoder", "unet", "decoder"]
+    assert [stage.stage for stage in again.stages] == ["unet", "decoder"], "the prompt is encoded once"
+    for receipt in (first, again):
+        assert all(stage.queue_seconds >= 0 and stage.compute_seconds > 0 for stage in receipt.stages)
+        assert sum(stage.queue_seconds + stage.compute_seconds for stage in receipt.stages) < receipt.seconds
+        installed = f"sdxs/{sdxs.__version__} torch/{version('torch')} diffusers/{version('diffusers')}"
+        installed += f" transformers/{version('transformers')}"
+        assert receipt.software == installed
+        assert {stage.software for stage in receipt.stages} == {f"{installed} cpu/float32"}
 
 
 def test_jpeg_is_what_comes_when_nothing_is_asked(client: Client) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,22 @@ async def test_takes_all_that_waits_and_waits_for_nobody() -> None:
     assert [done.result for done in results] == [2, 4, 6, 8, 10, 12]
     assert [done.batch for done in results] == [4, 4, 4, 4, 2, 2]
     assert device.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    batcher.close()
+
+
+async def test_tells_how_long_an_item_waited_and_how_long_its_batch_took() -> None:
+    device, clock = Device(), asyncio.get_running_loop()
+    batcher = GreedyBatcher(device, max_batch=4, max_waiting=100)
+    began = clock.time()
+    first: Any = await held(device, batcher)
+    second = asyncio.create_task(batcher.submit([1, 2]))
+    await asyncio.sleep(0.05)
+    device.release.set()
+    [alone], pair = await first, await second
+    whole = clock.time() - began
+    assert alone.queue_s < alone.compute_s and 0.05 <= alone.compute_s <= whole
+    for done in pair:
+        assert 0.05 <= done.queue_s <= whole and done.compute_s <= whole - done.queue_s
     batcher.close()
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, SdxsError, Unavailable
 from sdxs.v1 import decoder_pb2, stream_pb2
 from services.fabric.deadline import Deadline
+from services.gateway.chain import Latents
 from services.gateway.checks import Order, ServedModel
 from services.gateway.outbox import MAX_UNSENT
 from services.gateway.stream import Sessions
@@ -32,15 +33,15 @@ class Steps:
         self.decoder: list[tuple[Order, asyncio.Future[None]]] = []
         self.drawn: list[Order] = []
 
-    async def denoise(self, order: Order, deadline: Deadline) -> bytes:
+    async def denoise(self, order: Order, deadline: Deadline) -> Latents:
         self.drawn.append(order)
         await self._held(self.unet, order, deadline)
-        return b"latent"
+        return Latents(b"latent")
 
     async def decode(
-        self, order: Order, latent: bytes, receipts: Sequence[str], deadline: Deadline
+        self, order: Order, latents: Latents, receipts: Sequence[str], deadline: Deadline
     ) -> decoder_pb2.DecodeResponse:
-        assert latent == b"latent" and len(receipts) == 1
+        assert latents.encoded == b"latent" and len(receipts) == 1
         await self._held(self.decoder, order, deadline)
         image = decoder_pb2.Image(data=f"{order.prompt} {order.seeds[0]}".encode())
         return decoder_pb2.DecodeResponse(images=[image], batch=1, unet_batch=1)
