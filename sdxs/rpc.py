@@ -74,11 +74,15 @@ def _details(metadata: TrailingMetadata, kind: type[Message]) -> Iterator[Any]:
 
 def from_rpc_error(error: Any) -> SdxsError:
     """The SdxsError a failed call stands for; takes the RpcError of grpc and the AioRpcError of grpc.aio."""
-    message = error.details() or error.code().name
-    fields = violations(error.trailing_metadata())
+    return from_status(error.code().name, error.details() or error.code().name, error.trailing_metadata())
+
+
+def from_status(code: str, message: str, metadata: TrailingMetadata) -> SdxsError:
+    """The SdxsError of a status code's name, its message and its trailing metadata."""
+    fields = violations(metadata)
     field, description = (fields[0].field, fields[0].description) if fields else ("", message)
-    arrived = from_words(error.code().name, message, field, description)
-    arrived.retry_after_s = retry_after_s(error.trailing_metadata())
+    arrived = from_words(code, message, field, description)
+    arrived.retry_after_s = retry_after_s(metadata)
     return arrived
 
 

@@ -6,6 +6,7 @@ passed, is never begun.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class GreedyBatcher(Generic[Item, Result]):
         if len(self._waiting) + len(items) > self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} items wait already, at most {self._max_waiting} may")
         loop = asyncio.get_running_loop()
-        mine = [_Waiting[Item, Result](item, alone, deadline, loop.create_future(), loop.time()) for item in items]
+        mine = [_Waiting[Item, Result](item, alone, deadline, loop.create_future(), time.monotonic()) for item in items]
         for waiting in mine:
             self._waiting.push(waiting, deadline.priority, deadline.tenant)
         if self._running is None or self._running.done():
@@ -76,13 +77,13 @@ class GreedyBatcher(Generic[Item, Result]):
         """Compute batch after batch until nothing waits."""
         loop = asyncio.get_running_loop()
         while batch := self._take():
-            began = loop.time()
+            began = time.monotonic()
             try:
                 results = await loop.run_in_executor(self._device, self._compute, [waiting.item for waiting in batch])
             except Exception as error:
                 self._fail(batch, error)
             else:
-                compute_s = loop.time() - began
+                compute_s = time.monotonic() - began
                 for waiting, result in zip(batch, results, strict=True):
                     if not waiting.done.done():
                         waiting.done.set_result(Batched(result, len(batch), began - waiting.since, compute_s))

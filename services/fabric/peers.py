@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import grpc
 
 from sdxs import rpc
-from sdxs.errors import DeadlineExceeded, Unavailable
+from sdxs.errors import DeadlineExceeded, Overloaded, Unavailable
 from services.fabric.deadline import Deadline
 from services.fabric.endpoint import Endpoint
+from services.fabric.lines import MAX_PAYLOAD, BrokenLine, Line, NoLine
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,24 @@ class _Peer:
 
     address: Address
     channel: grpc.aio.Channel
+    max_message_bytes: int
     in_flight: int = 0
     watching: "asyncio.Task[None] | None" = None
+    has_lines: bool = True
+    """Until its server says otherwise."""
+    _line: Line | None = None
+
+    def line(self) -> Line:
+        """Open."""
+        if self._line is None or self._line.ended:
+            self._line = Line(self.channel, self.max_message_bytes)
+        return self._line
+
+    async def close(self, grace_s: float) -> None:
+        """Hang up once the calls have ended: a server that drains still answers those it has."""
+        if self._line is not None:
+            await self._line.hang_up(grace_s)
+        await self.channel.close(grace=grace_s if self.in_flight else None)
 
 
 @dataclass(eq=False)
@@ -129,28 +146,40 @@ class PeerSet:
             peer = await self._choose(full, patience, deadline)
             try:
                 return await self._call(peer, name, _for(peer.address, payload), deadline)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.UNAVAILABLE and not _told(error):
-                    self._drop(peer)
-                elif error.code() is grpc.StatusCode.UNAVAILABLE and not patience.passed:
-                    await asyncio.sleep(_PACE_S)  # whom it needs itself may come
-                elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and len(full) + 1 < len(self._peers):
-                    full.add(peer)
-                else:
-                    raise rpc.from_rpc_error(error) from None
+            except BrokenLine:
+                self._drop(peer)
+            except Unavailable:
+                if patience.passed:
+                    raise
+                await asyncio.sleep(_PACE_S)  # whom it needs itself may come
+            except Overloaded:
+                if len(full) + 1 >= len(self._peers):
+                    raise
+                full.add(peer)
 
     async def _call(self, peer: _Peer, name: str, payload: bytes, deadline: Deadline) -> bytes:
-        """One try on one peer."""
-        method: Any = peer.channel.unary_unary(f"/{self.service}/{name}")
+        """One try on one peer. Raises SdxsError, or BrokenLine."""
         peer.in_flight += 1
         try:
-            return bytes(
-                await method(
-                    payload, timeout=deadline.remaining(), metadata=rpc.terms(deadline.priority.value, deadline.tenant)
-                )
-            )
+            if peer.has_lines and len(payload) <= MAX_PAYLOAD:
+                return await peer.line().call(name, payload, deadline)
+            return await self._call_alone(peer, name, payload, deadline)
+        except NoLine:
+            peer.has_lines = False
+            return await self._call_alone(peer, name, payload, deadline)
         finally:
             peer.in_flight -= 1
+
+    async def _call_alone(self, peer: _Peer, name: str, payload: bytes, deadline: Deadline) -> bytes:
+        """As a call of its own."""
+        method: Any = peer.channel.unary_unary(f"/{self.service}/{name}")
+        metadata = rpc.terms(deadline.priority.value, deadline.tenant)
+        try:
+            return bytes(await method(payload, timeout=deadline.remaining(), metadata=metadata))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE and not _told(error):
+                raise BrokenLine from None
+            raise rpc.from_rpc_error(error) from None
 
     async def _choose(self, full: set[_Peer], patience: Deadline, deadline: Deadline) -> _Peer:
         """The less busy of two peers drawn at random; waits while there is none."""
@@ -186,10 +215,10 @@ class PeerSet:
         self._drop(peer)
 
     def _hang_up(self, peer: _Peer) -> None:
-        """Close the channel once the calls on it have ended: a server that drains still answers those it has."""
+        """No new calls."""
         if peer.watching is not None and peer.watching is not asyncio.current_task():
             peer.watching.cancel()
-        closing = asyncio.create_task(peer.channel.close(grace=self.patience_s if peer.in_flight else None))
+        closing = asyncio.create_task(peer.close(self.patience_s))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
@@ -217,7 +246,8 @@ class PeerSet:
         """Open channels to the new addresses, let the calls on the old ones end."""
         for address in set(addresses) - set(self._peers):
             options = [*rpc.KEEPALIVE_CLIENT, ("grpc.max_receive_message_length", self.max_message_bytes)]
-            peer = _Peer(address, grpc.aio.insecure_channel(address.target, options=options))
+            channel = grpc.aio.insecure_channel(address.target, options=options)
+            peer = _Peer(address, channel, self.max_message_bytes)
             peer.watching = asyncio.create_task(self._watch(peer))
             self._peers[address] = peer
         for address in set(self._peers) - set(addresses):

@@ -40,12 +40,18 @@ class Replica:
     _plane: DataPlane | None = None
 
     async def open(
-        self, endpoint: Endpoint, listen: str, settings: ServingSettings, model_digest: str, max_message_bytes: int
+        self,
+        endpoint: Endpoint,
+        listen: str,
+        settings: ServingSettings,
+        model_digest: str,
+        max_message_bytes: int,
+        lines: bool = False,
     ) -> DataPlane:
-        """Start the data plane on `host:port`, not yet SERVING."""
+        """Start the data plane on `host:port`, not yet SERVING; with `lines` for other replicas."""
         self._endpoint = endpoint
         self._drain_s = settings.drain_s
-        plane = DataPlane(endpoint, max_message_bytes)
+        plane = DataPlane(endpoint, max_message_bytes, lines)
         await plane.start(listen)
         host, _, port = plane.address.rpartition(":")
         reachable = f"{node_address()}:{port}" if host in ANY_HOST else plane.address
@@ -91,7 +97,8 @@ class StageReplica(Replica):
         gc.freeze()
         gc.enable()
         endpoint = Endpoint(self.descriptor, service, settings.max_in_flight)
-        plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest, settings.max_message_bytes)
+        limit = settings.max_message_bytes
+        plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest, limit, lines=True)
         await plane.set_serving(True)
 
     async def __del__(self) -> None:

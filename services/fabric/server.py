@@ -18,6 +18,8 @@ from sdxs import rpc
 from sdxs.errors import InvalidRequest, SdxsError
 from services.fabric.deadline import Deadline, Priority
 from services.fabric.endpoint import Endpoint
+from services.fabric.lines import SERVICE as LINE_SERVICE
+from services.fabric.lines import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,18 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class DataPlane:
-    """A server that answers health checks from the first moment and is SERVING when told so."""
+    """A server that answers health checks from the first moment and is SERVING when told so; with `lines` it offers these too."""
 
-    def __init__(self, endpoint: Endpoint, max_request_bytes: int) -> None:
+    def __init__(self, endpoint: Endpoint, max_request_bytes: int, lines: bool = False) -> None:
         self._endpoint = endpoint
+        self._lines = Lines(endpoint) if lines else None
         self._service = endpoint.descriptor.full_name
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", max_request_bytes), *rpc.KEEPALIVE_SERVER])
         self._server.add_generic_rpc_handlers((_handlers(endpoint),))
+        if self._lines is not None:
+            opened: dict[str, Any] = {"Open": grpc.stream_stream_rpc_method_handler(_line(self._lines))}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(LINE_SERVICE, opened),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((self._service, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.address = ""
@@ -60,6 +66,8 @@ class DataPlane:
     async def drain(self, grace_s: float) -> None:
         """NOT_SERVING, no new calls, and `grace_s` seconds for those in flight; streams are told to end."""
         await self.set_serving(False)
+        if self._lines is not None:
+            self._lines.end()
         await asyncio.gather(self._server.stop(grace_s), self._endpoint.drain(grace_s))
 
 
@@ -121,6 +129,20 @@ def _stream(endpoint: Endpoint, name: str) -> Callable[[object, Context], Awaita
             contextlib.aclosing(_payloads(context)) as payloads,
         ):
             await endpoint.stream(name, payloads, write, _terms(context))
+
+    return handle
+
+
+def _line(lines: Lines) -> Callable[[object, Context], Awaitable[None]]:
+    """A line's server end."""
+
+    async def handle(_: object, context: Context) -> None:
+        async with (
+            _translated("Open", context),
+            _whole_writes(context) as write,
+            contextlib.aclosing(_payloads(context)) as payloads,
+        ):
+            await lines.serve(payloads, write)
 
     return handle
 
