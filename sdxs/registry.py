@@ -189,6 +189,24 @@ def open_model(reference: str | Path, settings: Settings) -> tuple[Path, Manifes
     return _open_name(reference, settings)
 
 
+def pins(reference: str, settings: Settings) -> list[str]:
+    """What a reference means now, then all it has meant before, newest first; one read of the store, none of any bundle.
+
+    Each is a reference that stays: `sha256:...` for what a name points to, anything else as it is. Empty for a name that is not known.
+    Raises InvalidRequest, and CorruptArtifact for a history that cannot be read.
+    """
+    if not _NAME.fullmatch(reference):
+        return [reference]
+    name, pointer = split_reference(reference)
+    found = []
+    if pointer != PACKAGED and (moves := history(name, pointer, open_store(settings))):
+        found = [current(moves).digest, *(move.digest for move in reversed(moves))]
+    shipped = packaged().get(name)
+    if shipped and reference in (name, f"{name}@{PACKAGED}"):
+        found.append(bundle.facts(shipped).digest)
+    return list(dict.fromkeys(found))
+
+
 def read_manifest(reference: str, settings: Settings) -> Manifest:
     """What `open_model` would give, without downloading or checking any other file. Raises as it does."""
     if reference.startswith("s3://"):

@@ -9,23 +9,31 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdxs import registry
 from sdxs.client import Client
-from sdxs.errors import AlreadyExists, NotFound
+from sdxs.errors import AlreadyExists, InvalidRequest, NotFound
 from services.settings import ServingSettings
+
+if TYPE_CHECKING:
+    from services.placement import AppArgs
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="Name, name@pointer, sha256:digest, folder or s3:// bundle.")] = "emoji",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name, name@pointer, sha256:digest, folder or s3:// bundle; again for more, the first is the default."
+        ),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of the gateway, in place of SDXS_GATEWAY_ADDRESS's.")
     ] = None,
@@ -33,9 +41,13 @@ def serve(
     fused_controlnet: Annotated[
         bool, typer.Option("--fused-controlnet", help="ControlNets inside the U-Net's replica, not one of their own.")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Models and replicas from a file that --print-config began."),
+    ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve config file and end.")] = False,
 ) -> None:
-    """Serve a model over gRPC until Ctrl-C or SIGTERM.
+    """Serve models over gRPC until Ctrl-C or SIGTERM.
 
     The gateway, text encoder, U-Net, decoder, job worker and, for a model that has any, ControlNets run as Ray Serve deployments
     on this machine; --local puts them into one process. Redis and S3 servers are started too, unless SDXS_REDIS_URL and
@@ -44,12 +56,16 @@ def serve(
     \b
     sdxs serve                                # the emoji model on 127.0.0.1:8500
     sdxs serve --local --port 9000            # the same in one process, on another port
-    sdxs serve --model emoji@prod             # what the name points to in the store
+    sdxs serve --model emoji@prod             # what the name points to in the store, also when it moves
+    sdxs serve --model emoji --model scenes   # two, callers say which
     sdxs serve --print-config > serve.yaml    # for `serve deploy` and RayService
     """
+    args = app_args(model or (), fused_controlnet, config)
     if print_config:
-        typer.echo(serve_config(model, fused_controlnet), nl=False)
+        typer.echo(serve_config(args), nl=False)
         return
+    if local and config is not None:
+        raise InvalidRequest("config", str(config), "none with --local: there are no replicas")
     if port is not None:
         host = ServingSettings().gateway_address.rpartition(":")[0]
         os.environ["SDXS_GATEWAY_ADDRESS"] = f"{host}:{port}"
@@ -58,39 +74,46 @@ def serve(
     for address in filter(None, (settings.gateway_address, settings.gateway_http_address)):
         _check_free(address)
     with _stop_signals() as stop, _servers():
+        _find_models(args.references, settings)
         run = _run_local if local else _run_on_ray
-        run(str(_open(model, settings)), fused_controlnet, ServingSettings(), stop, began)
+        run(args, ServingSettings(), stop, began)
     _say("stopped")
 
 
-def _open(model: str, before: ServingSettings) -> Path:
-    """The bundle's folder: from the store the caller named, else from the embedded one. A missing model ends it here."""
+def _find_models(references: Sequence[str], before: ServingSettings) -> None:
+    """In the store that the caller named, where bundles are published; else in the embedded one. A missing model ends it here."""
     try:
-        return registry.open_model(model, before)[0]
+        for reference in references:
+            registry.read_manifest(reference, before.models)
     except NotFound:
-        return registry.open_model(model, ServingSettings())[0]
+        for reference in references:
+            registry.read_manifest(reference, ServingSettings().models)
+    else:
+        os.environ["SDXS_MODELS_URL"] = before.models.store_url
 
 
-def _run_local(model: str, fused: bool, settings: ServingSettings, stop: threading.Event, began: float) -> None:
+def _run_local(args: "AppArgs", settings: ServingSettings, stop: threading.Event, began: float) -> None:
     """All in this process."""
     from services.local import serve_local
 
     async def main() -> None:
-        async with serve_local(model, settings, fused):
+        async with serve_local(args.references, settings, args.fused_controlnet):
             await asyncio.to_thread(_wait_serving, settings, stop, began)
             await asyncio.to_thread(stop.wait)
 
     asyncio.run(main())
 
 
-def _run_on_ray(model: str, fused: bool, settings: ServingSettings, stop: threading.Event, began: float) -> None:
+def _run_on_ray(args: "AppArgs", settings: ServingSettings, stop: threading.Event, began: float) -> None:
     """Each room in its own processes."""
     from services.cluster import application, check_application, local_cluster
+    from services.fabric.pointers import open_all
 
+    found = open_all(args.references, settings)
     _say("starting Ray")
     with local_cluster():
         _say("starting the replicas")
-        with application(model, fused):
+        with application(args, found):
             _wait_serving(settings, stop, began, check_application)
             stop.wait()
             _say("stopping")
@@ -108,9 +131,10 @@ def _wait_serving(
                 check()
             if stop.wait(0.2):
                 return
-        [model] = client.list_models()
+        models = client.list_models()
     seconds = time.monotonic() - began
-    _say(f"SERVING {model.name} ({model.digest}) on {settings.gateway_address} after {seconds:.1f} s; Ctrl-C ends it")
+    served = ", ".join(f"{model.name} ({model.digest})" for model in models)
+    _say(f"SERVING {served} on {settings.gateway_address} after {seconds:.1f} s; Ctrl-C ends it")
 
 
 @contextlib.contextmanager
@@ -153,13 +177,51 @@ def _check_free(address: str) -> None:
             raise AlreadyExists(f"{address} is taken ({error.strerror}); another --port?") from None
 
 
-def serve_config(model: str, fused_controlnet: bool = False) -> str:
-    """deploy/serve.yaml for that model."""
+def app_args(models: Sequence[str], fused_controlnet: bool, file: Path | None = None) -> "AppArgs":
+    """Of a file, with what the command says in place of the file's. Raises InvalidRequest."""
+    import yaml
+    from pydantic import ValidationError
+
+    from services.placement import AppArgs
+
+    try:
+        said = _args_of(yaml.safe_load(file.read_text())) if file is not None else {}
+        if models:
+            said = {name: value for name, value in said.items() if name not in ("model", "models")}
+            references = [_absolute(model) for model in models]
+            said |= {"model": references[0]} if len(references) == 1 else {"models": references}
+        if fused_controlnet:
+            said["fused_controlnet"] = True
+        return AppArgs.model_validate(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "models"
+        raise InvalidRequest(where, first["input"], first["msg"].removeprefix("Value error, ")) from error
+    except yaml.YAMLError as error:
+        raise InvalidRequest("config", str(file), f"a YAML file ({error})") from error
+
+
+def _args_of(config: Any) -> dict[str, Any]:
+    """Of the one application of a Serve config file, or the arguments alone."""
+    if isinstance(config, dict) and "applications" in config:
+        config = config["applications"][0].get("args", {})
+    if not isinstance(config, dict):
+        raise InvalidRequest("config", config, "a file that --print-config began, or its `args` alone")
+    return config
+
+
+def _absolute(reference: str) -> str:
+    """Replicas run in other folders."""
+    is_folder = "://" not in reference and ("/" in reference or reference.startswith("."))
+    return str(Path(reference).absolute()) if is_folder else reference
+
+
+def serve_config(args: "AppArgs") -> str:
+    """deploy/serve.yaml for these."""
     import yaml
 
-    from services.app import AppArgs, config
+    from services.app import config
 
-    args = AppArgs(model=model, fused_controlnet=fused_controlnet)
     return "# Made by `sdxs serve --print-config`.\n" + yaml.safe_dump(config(args), sort_keys=False)
 
 

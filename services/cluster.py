@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine for as long as `sdxs serve` runs, and the application on it."""
+"""A Ray cluster on this machine for as long as `sdxs serve` runs, and the applications on it."""
 
 import contextlib
 import logging
@@ -7,10 +7,15 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from sdxs.errors import Unavailable
 from services.fabric.environment import REPLICA_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from services.fabric.pointers import Found
+    from services.placement import AppArgs
 
 _OBJECT_STORE_BYTES = 80 << 20  # images go by gRPC; Ray itself needs little
 
@@ -54,30 +59,25 @@ def local_cluster() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def application(model: str, fused_controlnet: bool = False) -> Iterator[None]:
-    """The Serve application on the cluster, starting; leaving the block drains and stops its replicas."""
+def application(args: "AppArgs", found: "Sequence[Found]") -> Iterator[None]:
+    """The Serve applications on the cluster, starting; leaving the block drains and stops their replicas."""
     from ray import serve
 
-    from services.app import APP_NAME, AppArgs, build
+    from services.app import targets
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when imported
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     try:
-        target = serve.RunTarget(
-            build(AppArgs(model=model, fused_controlnet=fused_controlnet)), name=APP_NAME, route_prefix=None
-        )
-        serve.run_many([target], wait_for_applications_running=False)
+        serve.run_many(targets(args, found), wait_for_applications_running=False)
         yield
     finally:
         serve.shutdown()
 
 
 def check_application() -> None:
-    """Raises Unavailable with Serve's reason when the application cannot start."""
+    """Raises Unavailable with Serve's reason when an application cannot start."""
     from ray import serve
 
-    from services.app import APP_NAME
-
-    application = serve.status().applications.get(APP_NAME)
-    if application is not None and application.status == "DEPLOY_FAILED":
-        raise Unavailable(f"Ray Serve could not start the application: {application.message}")
+    for name, application in serve.status().applications.items():
+        if application.status == "DEPLOY_FAILED":
+            raise Unavailable(f"Ray Serve could not start {name}: {application.message}")

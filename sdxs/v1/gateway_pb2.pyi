@@ -29,6 +29,14 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATE_SUCCEEDED: _ClassVar[JobState]
     JOB_STATE_FAILED: _ClassVar[JobState]
     JOB_STATE_CANCELLED: _ClassVar[JobState]
+
+class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODEL_STATE_UNSPECIFIED: _ClassVar[ModelState]
+    MODEL_STATE_SERVING: _ClassVar[ModelState]
+    MODEL_STATE_ASLEEP: _ClassVar[ModelState]
+    MODEL_STATE_STARTING: _ClassVar[ModelState]
+    MODEL_STATE_BROKEN: _ClassVar[ModelState]
 JOB_PRIORITY_UNSPECIFIED: JobPriority
 JOB_PRIORITY_HIGH: JobPriority
 JOB_PRIORITY_NORMAL: JobPriority
@@ -39,6 +47,11 @@ JOB_STATE_RUNNING: JobState
 JOB_STATE_SUCCEEDED: JobState
 JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
+MODEL_STATE_UNSPECIFIED: ModelState
+MODEL_STATE_SERVING: ModelState
+MODEL_STATE_ASLEEP: ModelState
+MODEL_STATE_STARTING: ModelState
+MODEL_STATE_BROKEN: ModelState
 
 class GenerateRequest(_message.Message):
     __slots__ = ("prompt", "model", "seed", "n", "width", "height", "format", "deterministic", "controls", "init_image", "strength")
@@ -287,20 +300,34 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "width", "height", "max_prompt_tokens", "controlnets")
+    __slots__ = ("name", "digest", "width", "height", "max_prompt_tokens", "controlnets", "status")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTROLNETS_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     width: int
     height: int
     max_prompt_tokens: int
     controlnets: _containers.RepeatedCompositeFieldContainer[ControlNet]
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., controlnets: _Optional[_Iterable[_Union[ControlNet, _Mapping]]] = ...) -> None: ...
+    status: ModelStatus
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., controlnets: _Optional[_Iterable[_Union[ControlNet, _Mapping]]] = ..., status: _Optional[_Union[ModelStatus, _Mapping]] = ...) -> None: ...
+
+class ModelStatus(_message.Message):
+    __slots__ = ("state", "reference", "next_digest", "error")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    state: ModelState
+    reference: str
+    next_digest: str
+    error: str
+    def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., reference: _Optional[str] = ..., next_digest: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class ControlNet(_message.Message):
     __slots__ = ("name", "types")

@@ -17,9 +17,9 @@ class ControlNetReplica(StageReplica):
     descriptor = DESCRIPTOR
     _unets: PeerSet
 
-    async def __init__(self, model: str, unet: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, model: str, model_digest: str, unet: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._handle = unet
-        await super().__init__(model)
+        await super().__init__(model, model_digest)
         self._unets.open()
 
     def load(self, folder: Path, model_digest: str, settings: ServingSettings) -> ControlNetService:

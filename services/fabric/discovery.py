@@ -18,7 +18,9 @@ def broadcast(handle: Any) -> Resolver:
     return resolve
 
 
-def replicas(service: str, handle: Any, model_digest: str, settings: ServingSettings, near: str = "") -> PeerSet:
+def replicas(
+    service: str, handle: Any, model_digest: str, settings: ServingSettings, near: str = "", hurried: bool = True
+) -> PeerSet:
     """The replicas behind a DeploymentHandle as callers see them, not yet opened; see PeerSet."""
     limits = (settings.refresh_s, settings.patience_s, settings.max_message_bytes)
-    return PeerSet(service, broadcast(handle), model_digest, *limits, near=near)
+    return PeerSet(service, broadcast(handle), model_digest, *limits, near=near, hurried=hurried)

@@ -5,6 +5,7 @@ The gRPC server and a caller in the same process come in by the same door, so bo
 
 import contextlib
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -43,6 +44,8 @@ class Endpoint:
         self.descriptor = descriptor
         self.in_flight = 0
         self.streams = 0
+        self._busy = 0.0
+        self._changed = self._told = time.monotonic()
         self._max_in_flight = max_in_flight
         self._max_streams = max_streams
         self._room = room
@@ -56,12 +59,26 @@ class Endpoint:
             raise Overloaded(f"{self.in_flight} calls are in flight already, at most {self._max_in_flight} may be")
         request_type, room_method = self._methods[name]
         method: Method = room_method
-        self.in_flight += 1
+        self._count(1)
         try:
             response = await method(parse(request_type, payload), deadline)
         finally:
-            self.in_flight -= 1
+            self._count(-1)
         return response.SerializeToString()
+
+    def load(self) -> float:
+        """Mean number of calls in flight since it was last asked for: what comes and goes between two looks is in it too."""
+        self._count(0)
+        now = time.monotonic()
+        mean = self._busy / (now - self._told) if now > self._told else float(self.in_flight)
+        self._busy, self._told = 0.0, now
+        return mean
+
+    def _count(self, change: int) -> None:
+        now = time.monotonic()
+        self._busy += self.in_flight * (now - self._changed)
+        self._changed = now
+        self.in_flight += change
 
     async def responses(self, name: str, payload: bytes, deadline: Deadline) -> AsyncIterator[bytes]:
         """One call with a stream of responses. Raises as `call` does, and when the caller has left stops the room's generator."""

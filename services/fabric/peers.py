@@ -104,7 +104,8 @@ class PeerSet:
     """The replicas of one room. Open it before the first call, close it after the last.
 
     `model_digest` keeps replicas of another model out; empty, any will do. With `near`, the id of a node, replicas there are taken
-    as long as there are any that are not full.
+    as long as there are any that are not full. While there are none the resolver is asked often; unless not `hurried`: then somebody
+    else knows when to `look`.
     """
 
     service: str
@@ -114,6 +115,7 @@ class PeerSet:
     patience_s: float = 30.0
     max_message_bytes: int = 64 << 20
     near: str = ""
+    hurried: bool = True
     _peers: dict[Address, _Peer] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stale: asyncio.Event = field(default_factory=asyncio.Event)
@@ -128,6 +130,10 @@ class PeerSet:
     def open(self) -> None:
         """Begin to look for peers."""
         self._refreshing = asyncio.create_task(self._refresh_forever())
+
+    def look(self) -> None:
+        """Ask the resolver now."""
+        self._stale.set()
 
     async def close(self) -> None:
         """Stop looking and hang up."""
@@ -228,7 +234,7 @@ class PeerSet:
             self._stale.clear()
             await self._refresh()
             await asyncio.sleep(_PACE_S)  # a replica that has died may be listed for a moment longer
-            if self._peers:
+            if self._peers or not self.hurried:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.refresh_s):
                         await self._stale.wait()

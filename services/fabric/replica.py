@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 from google.protobuf.descriptor import ServiceDescriptor
 
 from sdxs import registry
-from sdxs.errors import Unavailable
+from sdxs.errors import CorruptArtifact, Unavailable
 from services.fabric.endpoint import Endpoint
 from services.fabric.peers import Address
 from services.fabric.server import DataPlane
@@ -38,6 +38,7 @@ class Replica:
     """One replica of a room. A subclass's `__init__` builds the room and awaits `open`."""
 
     _plane: DataPlane | None = None
+    _needed = False
 
     async def open(
         self,
@@ -65,9 +66,14 @@ class Replica:
             raise Unavailable("the data plane is not open")
         return self._address
 
+    async def awake(self) -> None:
+        """Called while the replica's model is asked for; see services.gateway.waking."""
+        self._needed = True
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The load Serve cannot see, for services.fabric.scaling."""
-        return {"in_flight": float(self._endpoint.in_flight)}
+        needed, self._needed = self._needed, False
+        return {"in_flight": self._endpoint.load(), "needed": float(needed)}
 
     async def __del__(self) -> None:
         """Serve calls this when it stops the replica."""
@@ -86,12 +92,14 @@ class StageReplica(Replica):
         """The room's service over the bundle in `folder`."""
         raise NotImplementedError
 
-    async def __init__(self, model: str) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, model: str, model_digest: str) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
         if not settings.torch_device:  # others' GPUs may be visible too
             settings = settings.model_copy(update={"torch_device": granted_device()})
         gc.disable()  # importing torch makes millions of objects that stay: collecting among them is a tenth of the start
-        folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
+        folder, manifest = await asyncio.to_thread(registry.open_model, model, settings.models)
+        if manifest.digest != model_digest:
+            raise CorruptArtifact(f"{model} is {manifest.digest}, and was {model_digest} when its replicas were asked for")
         self._service = service = await asyncio.to_thread(self.load, folder, manifest.digest, settings)
         await service.warm()
         gc.freeze()

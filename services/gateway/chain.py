@@ -26,30 +26,32 @@ _CALLERS = re.compile(r"prompt|init_image|strength|controls(\[\d+\](\.\w+)?)?")
 
 
 class PromptCache:
-    """The least recently used go when the embeddings pass `max_bytes`."""
+    """Text embeddings of a gateway's bundles by digest and prompt. The least recently used go when they pass `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.hits = self.misses = 0
         """How often a prompt was there, or was not."""
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._encoded: OrderedDict[str, bytes] = OrderedDict()
+        self._encoded: OrderedDict[tuple[str, str], bytes] = OrderedDict()
 
-    def get(self, prompt: str) -> bytes | None:
+    def get(self, digest: str, prompt: str) -> bytes | None:
         """The encoded EncodeResponse, if it is still there."""
-        found = self._encoded.get(prompt)
+        key = digest, prompt
+        found = self._encoded.get(key)
         if found is None:
             self.misses += 1
             return None
         self.hits += 1
-        self._encoded.move_to_end(prompt)
+        self._encoded.move_to_end(key)
         return found
 
-    def put(self, prompt: str, encoded: bytes) -> None:
+    def put(self, digest: str, prompt: str, encoded: bytes) -> None:
         """Keep it, unless it alone is too large."""
-        if len(encoded) > self._max_bytes or prompt in self._encoded:
+        key = digest, prompt
+        if len(encoded) > self._max_bytes or key in self._encoded:
             return
-        self._encoded[prompt] = encoded
+        self._encoded[key] = encoded
         self._bytes += len(encoded)
         while self._bytes > self._max_bytes:
             self._bytes -= len(self._encoded.popitem(last=False)[1])
@@ -87,7 +89,7 @@ class Chain:
     async def denoise(self, order: Order, deadline: Deadline) -> Latents:
         """The order's latents: all up to the U-Net. Raises SdxsError."""
         times = list[stage_pb2.StageTime]()
-        text = await self._encode(order.prompt, deadline, times)
+        text = await self._encode(order.model.digest, order.prompt, deadline, times)
         options = unet_pb2.DenoiseRequest(seeds=order.seeds, deterministic=order.deterministic, controls=order.controls)
         if order.init_image:
             encoded = await self._encode_image(order.init_image, deadline)
@@ -109,9 +111,9 @@ class Chain:
             made.times.insert(place, time)
         return made
 
-    async def check_prompt(self, prompt: str, deadline: Deadline) -> None:
+    async def check_prompt(self, order: Order, deadline: Deadline) -> None:
         """Raises InvalidRequest(field="prompt") for what the text encoder would refuse."""
-        await self._encode(prompt, deadline, [])
+        await self._encode(order.model.digest, order.prompt, deadline, [])
 
     async def _encode_image(self, init_image: bytes, deadline: Deadline) -> decoder_pb2.EncodeImageResponse:
         """The init image's latent."""
@@ -119,13 +121,13 @@ class Chain:
         answer = await _call(self._decoder, "EncodeImage", request, deadline)
         return decoder_pb2.EncodeImageResponse.FromString(answer)
 
-    async def _encode(self, prompt: str, deadline: Deadline, times: list[stage_pb2.StageTime]) -> bytes:
+    async def _encode(self, digest: str, prompt: str, deadline: Deadline, times: list[stage_pb2.StageTime]) -> bytes:
         """An encoded EncodeResponse; what it took goes to `times`, unless it was there already."""
-        encoded = self._cache.get(prompt)
+        encoded = self._cache.get(digest, prompt)
         if encoded is None:
             request = text_encoder_pb2.EncodeRequest(prompt=prompt).SerializeToString()
             encoded = await _call(self._text_encoder, "Encode", request, deadline)
-            self._cache.put(prompt, encoded)
+            self._cache.put(digest, prompt, encoded)
             times.append(text_encoder_pb2.EncodeResponse.FromString(encoded).time)
         return encoded
 

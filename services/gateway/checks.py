@@ -4,13 +4,14 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sdxs import control
 from sdxs import images as files
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.noise import MAX_IMAGES
 from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
+from services.fabric.models import ServedModel
 
 MAX_PROMPT_CHARACTERS = 4096
 MAX_SEED = 2**63 - 1
@@ -22,19 +23,6 @@ class UnknownModel(NotFound):
     """A model this server does not have."""
 
     field = "model"
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """What the gateway knows of a model it serves."""
-
-    name: str
-    digest: str
-    width: int
-    height: int
-    max_prompt_tokens: int
-    controlnets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Types by name; no types: any."""
 
 
 @dataclass(frozen=True)

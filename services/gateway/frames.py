@@ -8,7 +8,6 @@ import math
 import re
 import struct
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from google.protobuf.duration_pb2 import Duration
@@ -17,8 +16,8 @@ from google.protobuf.message import DecodeError
 from sdxs.errors import InvalidRequest, SdxsError
 from sdxs.v1 import gateway_pb2, stream_pb2
 from services.fabric.deadline import Deadline
-from services.gateway import checks
-from services.gateway.checks import Order, ServedModel
+from services.gateway.checks import Order
+from services.gateway.table import ModelTable
 
 _MAX_TEXT = 1000  # of an error's message, as in a gRPC status
 _MAC_BYTES = hashlib.sha256().digest_size
@@ -32,6 +31,8 @@ class Frame:
 
     id: int
     order: Order
+    request: gateway_pb2.GenerateRequest
+    """What the order was made of."""
     deadline: Deadline
     own: frozenset[str] = frozenset()
     """Fields that it sets itself; all else is the settings'."""
@@ -39,36 +40,34 @@ class Frame:
 
 
 class Reader:
-    """Turns messages into orders, for one model.
+    """Turns messages into orders, for one model: each for the bundle that is served then.
 
     Args:
         model: as the client named it.
         terms: class and tenant of the session's frames.
     """
 
-    def __init__(
-        self, model: str, models: Mapping[str, ServedModel], max_image_bytes: int, default_deadline_s: float, terms: Deadline
-    ) -> None:
+    def __init__(self, model: str, models: ModelTable, default_deadline_s: float, terms: Deadline) -> None:
         self.model = model
+        self.models = models
         self._terms = terms
-        self._models = models
-        self._max_image_bytes = max_image_bytes
         self._default_deadline_s = default_deadline_s
 
-    def check(self, settings: stream_pb2.StreamSettings) -> ServedModel:
-        """The model, if frames with these settings can be drawn. Raises InvalidRequest or NotFound, fields named as in GenerateRequest."""
+    def check(self, settings: stream_pb2.StreamSettings) -> None:
+        """Raises InvalidRequest, NotFound or Unavailable when frames with these settings cannot be drawn, fields named as in
+        GenerateRequest."""
         frame = stream_pb2.StreamFrame() if settings.HasField("prompt") else _UNSAID
-        return checks.order(self._request(settings, frame), self._models, self._max_image_bytes).model
+        self.models.order(self._request(settings, frame))
 
     def read(self, message: stream_pb2.StreamFrame, settings: stream_pb2.StreamSettings) -> Frame:
-        """The frame; what is in its images is not read. Raises InvalidRequest."""
+        """The frame; what is in its images is not read. Raises InvalidRequest, NotFound or Unavailable."""
         own = frozenset(name.name for name, _ in message.ListFields())
         request = self._request(settings, message)
         try:
-            order = checks.order(request, self._models, self._max_image_bytes)
+            order = self.models.order(request)
         except InvalidRequest as error:
             raise named(error, own) from None
-        return Frame(message.id, order, self._deadline(message), own)
+        return Frame(message.id, order, request, self._deadline(message), own)
 
     def _request(self, settings: stream_pb2.StreamSettings, frame: stream_pb2.StreamFrame) -> gateway_pb2.GenerateRequest:
         """The frame as a request of its own."""

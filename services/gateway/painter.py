@@ -2,40 +2,23 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 from sdxs.errors import DeadlineExceeded, Internal, InvalidRequest, SdxsError
-from sdxs.v1 import decoder_pb2, stream_pb2
-from services.fabric.deadline import Deadline
+from sdxs.v1 import stream_pb2
 from services.gateway import checks
-from services.gateway.chain import Latents
-from services.gateway.checks import Order
 from services.gateway.frames import Frame, error_message, named
 from services.gateway.similarity import SimilarityFilter
+from services.gateway.table import ModelTable
 
 logger = logging.getLogger(__name__)
-
-
-class Draws(Protocol):
-    """The part of a chain that sessions use."""
-
-    async def denoise(self, order: Order, deadline: Deadline) -> Latents:
-        """All up to the U-Net."""
-        ...
-
-    async def decode(
-        self, order: Order, latents: Latents, receipts: Sequence[str], deadline: Deadline
-    ) -> decoder_pb2.DecodeResponse:
-        """The rest."""
-        ...
 
 
 class Painter:
     """Of one session: it knows what was drawn last."""
 
-    def __init__(self, chain: Draws, similarity: SimilarityFilter) -> None:
-        self._chain = chain
+    def __init__(self, models: ModelTable, similarity: SimilarityFilter) -> None:
+        self._models = models
         self._similarity = similarity
 
     async def draw(self, frame: Frame, leave_unet: Callable[[Frame], None]) -> stream_pb2.StreamResponse:
@@ -62,14 +45,15 @@ class Painter:
         standing = await self._similarity.standing(frame.id, frame.order)
         if standing is not None:
             return dropped(frame.id, stream_pb2.DROP_REASON_SIMILAR, standing)
-        latents = await self._chain.denoise(frame.order, frame.deadline)
-        leave_unet(frame)
-        made = await self._chain.decode(frame.order, latents, checks.receipts(frame.order), frame.deadline)
+        with self._models.retake(frame.order, frame.request) as (order, chain):
+            latents = await chain.denoise(order, frame.deadline)
+            leave_unet(frame)
+            made = await chain.decode(order, latents, checks.receipts(order), frame.deadline)
         return stream_pb2.StreamResponse(
             image=stream_pb2.FrameImage(
                 frame_id=frame.id,
                 image=made.images[0],
-                seed=frame.order.seeds[0],
+                seed=order.seeds[0],
                 unet_batch=made.unet_batch,
                 decoder_batch=made.batch,
                 controlnet_batch=made.controlnet_batch,

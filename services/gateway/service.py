@@ -6,27 +6,21 @@ Knows the chain and the jobs' desk by their methods; computes nothing itself.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
-import numpy as np
-
-from sdxs import control, images
-from sdxs.bundle import Manifest
+from sdxs import control
 from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
 from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2, stream_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.times import products
 from services.gateway import checks
-from services.gateway.chain import Chain
 from services.gateway.desk import JobDesk
 from services.gateway.outbox import Send
 from services.gateway.stream import Sessions
+from services.gateway.table import ModelTable
 from services.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
-
-_BLANK = images.encode(np.zeros((8, 8, 3), np.uint8), images.PNG, "")
-"""A control image that shows nothing."""
 
 _CHECKS_AT_ONCE = 8
 """Requests of one batch that the text encoder is asked about at a time."""
@@ -35,36 +29,19 @@ DESCRIPTOR = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"]
 
 
 class GatewayService:
-    """Serves the models of `chains`, one chain each; without a desk jobs are refused."""
+    """Serves the models of a table; without a desk jobs are refused."""
 
-    def __init__(
-        self,
-        models: Mapping[str, checks.ServedModel],
-        chains: Mapping[str, Chain],
-        desk: JobDesk | None,
-        settings: ServingSettings,
-    ) -> None:
+    def __init__(self, models: ModelTable, desk: JobDesk | None, settings: ServingSettings) -> None:
         self._models = models
-        self._chains = chains
         self._desk = desk
         self._default_deadline_s = settings.default_deadline_s
-        self._max_image_bytes = settings.max_image_bytes
         self._max_job_requests = settings.max_job_requests
-        self.sessions = Sessions(models, chains, settings)
+        self.sessions = Sessions(models, settings)
 
     @property
     def ready(self) -> bool:
-        """Whether every stage of every model has a replica."""
-        return all(chain.ready for chain in self._chains.values())
-
-    async def warm(self) -> None:
-        """One image of each model through all stages, ControlNets included. Raises SdxsError when a stage does not answer."""
-        for model in self._models.values():
-            await self.generate(gateway_pb2.GenerateRequest(prompt="warm", model=model.name, seed=0), Deadline())
-            for controlnet in model.controlnets:
-                blank = control_pb2.Control(image=_BLANK, controlnet=controlnet, preprocessed=True)
-                request = gateway_pb2.GenerateRequest(prompt="warm", model=model.name, seed=0, controls=[blank])
-                await self.generate(request, Deadline())
+        """Whether images can be drawn; see ModelTable."""
+        return self._models.ready
 
     async def close(self) -> None:
         """After the last call."""
@@ -74,9 +51,8 @@ class GatewayService:
     async def generate(self, request: gateway_pb2.GenerateRequest, deadline: Deadline) -> gateway_pb2.GenerateResponse:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
-        order = checks.order(request, self._models, self._max_image_bytes)
-        deadline = deadline.within(self._default_deadline_s)
-        made = await self._chains[order.model.name].run(order, checks.receipts(order), deadline)
+        with self._models.take(request) as (order, chain):
+            made = await chain.run(order, checks.receipts(order), deadline.within(self._default_deadline_s))
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
 
     async def stream(self, requests: AsyncIterator[stream_pb2.StreamRequest], send: Send, deadline: Deadline) -> None:
@@ -118,10 +94,10 @@ class GatewayService:
         """The request with the server's choices. Raises what `generate` would, the field's name after that of the request."""
         try:
             async with gate:
-                order = checks.order(asked, self._models, self._max_image_bytes)
-                files = checks.images(order)
-                await asyncio.gather(*(asyncio.to_thread(control.read_image, data, name) for name, data in files))
-                await self._chains[order.model.name].check_prompt(order.prompt, deadline)
+                with self._models.take(asked) as (order, chain):
+                    files = checks.images(order)
+                    await asyncio.gather(*(asyncio.to_thread(control.read_image, data, name) for name, data in files))
+                    await chain.check_prompt(order, deadline)
         except InvalidRequest as error:
             raise InvalidRequest(f"{field}.{error.field}", error.value, error.allowed) from None
         except NotFound as error:
@@ -129,7 +105,7 @@ class GatewayService:
             raise
         chosen = gateway_pb2.GenerateRequest()
         chosen.CopyFrom(asked)
-        chosen.model, chosen.seed = order.model.name, order.seeds[0]
+        chosen.model, chosen.seed = asked.model or order.model.name, order.seeds[0]  # who names a digest gets no other bundle
         return chosen
 
     async def get_job(self, request: gateway_pb2.GetJobRequest, deadline: Deadline) -> gateway_pb2.GetJobResponse:
@@ -158,18 +134,7 @@ class GatewayService:
     async def list_models(self, _: gateway_pb2.ListModelsRequest, deadline: Deadline) -> gateway_pb2.ListModelsResponse:
         """The models served here, the default first."""
         deadline.remaining()
-        models = [
-            gateway_pb2.Model(
-                name=model.name,
-                digest=model.digest,
-                width=model.width,
-                height=model.height,
-                max_prompt_tokens=model.max_prompt_tokens,
-                controlnets=[gateway_pb2.ControlNet(name=name, types=types) for name, types in model.controlnets.items()],
-            )
-            for model in self._models.values()
-        ]
-        return gateway_pb2.ListModelsResponse(models=models)
+        return gateway_pb2.ListModelsResponse(models=self._models.listing())
 
     def _desk_or_raise(self) -> JobDesk:
         """The desk. Raises PreconditionFailed without one."""
@@ -210,9 +175,3 @@ def _applied(asked: control_pb2.Control) -> gateway_pb2.AppliedControl:
         preprocessed=asked.preprocessed,
         image_sha256=checks.sha256(asked.image),
     )
-
-
-def served_model(manifest: Manifest) -> checks.ServedModel:
-    """What the gateway needs to know of a bundle."""
-    size = manifest.image_size
-    return checks.ServedModel(manifest.name, manifest.digest, size, size, manifest.max_prompt_tokens, manifest.controlnets)

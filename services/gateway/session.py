@@ -19,7 +19,7 @@ from sdxs.v1 import stream_pb2
 from services.gateway.counts import Counts
 from services.gateway.frames import Frame, Reader, Tokens, prefixed
 from services.gateway.outbox import Outbox, Send
-from services.gateway.painter import Draws, Painter, dropped, failed
+from services.gateway.painter import Painter, dropped, failed
 from services.gateway.similarity import SimilarityFilter
 from services.settings import ServingSettings
 
@@ -45,7 +45,6 @@ class Opened:
     last_answered: int
     """Frame of the session that goes on in this one; 0: none."""
     reader: Reader
-    chain: Draws
 
 
 class Session:
@@ -61,7 +60,7 @@ class Session:
         self._last_answered = self._last_id = opened.last_answered
         self._reader = opened.reader
         similarity = SimilarityFilter(settings.stream_similarity, settings.stream_max_skips)
-        self._painter = Painter(opened.chain, similarity)
+        self._painter = Painter(opened.reader.models, similarity)
         self._shared = shared
         self._outbox = Outbox(send)
         self._most = settings.stream_in_flight

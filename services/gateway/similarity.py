@@ -78,4 +78,13 @@ def _shrunk(order: Order) -> list[np.ndarray]:
 def _said(order: Order) -> tuple[Any, ...]:
     """All but the images; which of them there are is part of it."""
     controls = tuple((each.type, each.controlnet, each.scale, each.guess, each.preprocessed) for each in order.controls)
-    return (order.prompt, order.seeds, order.format, order.deterministic, controls, bool(order.init_image), order.strength)
+    return (
+        order.model.digest,
+        order.prompt,
+        order.seeds,
+        order.format,
+        order.deterministic,
+        controls,
+        bool(order.init_image),
+        order.strength,
+    )

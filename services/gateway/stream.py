@@ -3,18 +3,16 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
 
 from sdxs.conversation import merged
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, SdxsError, Unavailable
 from sdxs.v1 import stream_pb2
 from services.fabric.deadline import Deadline
-from services.gateway.checks import ServedModel
 from services.gateway.counts import Counts
 from services.gateway.frames import Reader, Tokens, prefixed
 from services.gateway.outbox import Send
-from services.gateway.painter import Draws
 from services.gateway.session import Opened, Requests, Session, Shared
+from services.gateway.table import ModelTable
 from services.settings import ServingSettings
 
 _OPEN_WITHIN_S = 10.0
@@ -23,12 +21,11 @@ _OPEN_WITHIN_S = 10.0
 class Sessions:
     """All sessions of a gateway: at most `stream_max_sessions` are served, `stream_max_queued` wait for their turn."""
 
-    def __init__(self, models: Mapping[str, ServedModel], chains: Mapping[str, Draws], settings: ServingSettings) -> None:
+    def __init__(self, models: ModelTable, settings: ServingSettings) -> None:
         secret = settings.stream_secret.get_secret_value().encode() or secrets.token_bytes(32)
         self._shared = Shared(settings, Tokens(secret, settings.stream_token_s))
         self._settings = settings
         self._models = models
-        self._chains = chains
         self._connected = 0
         self._active: list[Session] = []
         self._queue: list[Session] = []
@@ -96,7 +93,7 @@ class Sessions:
         self.counts.sessions += 1
 
     def _opened(self, asked: stream_pb2.StreamOpen, send: Send, terms: Deadline) -> Session:
-        """A new session, or one that goes on. Raises InvalidRequest or NotFound."""
+        """A new session, or one that goes on. Raises InvalidRequest, NotFound, or Unavailable for a model that starts."""
         opened, last_answered = asked, 0
         try:
             if asked.resume_token:
@@ -107,13 +104,12 @@ class Sessions:
             raise prefixed(error, "open.") from None
         if not opened.settings.HasField("seed"):
             opened.settings.seed = secrets.randbelow(2**32)
-        limits = self._settings
-        reader = Reader(opened.model, self._models, limits.max_image_bytes, limits.default_deadline_s, terms)
+        reader = Reader(opened.model, self._models, self._settings.default_deadline_s, terms)
         try:
-            chain = self._chains[reader.check(opened.settings).name]
+            reader.check(opened.settings)
         except SdxsError as error:
             raise prefixed(error, "open." if error.field == "model" else "open.settings.") from None
-        return Session(Opened(opened.settings, last_answered, reader, chain), send, self._shared)
+        return Session(Opened(opened.settings, last_answered, reader), send, self._shared)
 
     def _enter(self, session: Session) -> None:
         """Into a free place, or the queue. Raises Unavailable or Overloaded: others may have come while it said what it wants."""

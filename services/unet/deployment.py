@@ -12,9 +12,9 @@ class UNetReplica(StageReplica):
 
     descriptor = DESCRIPTOR
 
-    async def __init__(self, model: str, fused: bool = False) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, model: str, model_digest: str, fused: bool = False) -> None:  # type: ignore[misc]  # Serve awaits it
         self._fused = fused
-        await super().__init__(model)
+        await super().__init__(model, model_digest)
 
     def load(self, folder: Path, model_digest: str, settings: ServingSettings) -> UNetService:
         """See StageReplica."""
