@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 from sdxs.errors import InvalidRequest
 from sdxs.store import FileStore
@@ -13,12 +12,14 @@ from services.fabric.deadline import Deadline
 from services.fabric.endpoint import Endpoint
 from services.fabric.job_records import OVER
 from services.fabric.jobs import GROUP, Delivery, JobQueue
+from services.fabric.models import ServedModel
 from services.fabric.server import DataPlane
-from services.gateway.checks import ServedModel
+from services.gateway.checks import Order
 from services.gateway.desk import JobDesk
 from services.gateway.service import DESCRIPTOR, GatewayService
 from services.settings import ServingSettings
 from services.worker.service import Generate, Worker
+from tests.tables import table_of
 
 VISIBILITY_S = 1.5  # well above what a busy machine takes between two heartbeats
 PNG = b"\x89PNG not really"
@@ -69,17 +70,16 @@ class Chain:
 
     ready = True
 
-    async def check_prompt(self, prompt: str, _: Deadline) -> None:
-        if prompt == "forbidden":
-            raise InvalidRequest("prompt", prompt, "something else")
+    async def check_prompt(self, order: Order, _: Deadline) -> None:
+        if order.prompt == "forbidden":
+            raise InvalidRequest("prompt", order.prompt, "something else")
 
 
 @contextlib.asynccontextmanager
 async def gateway(queue: JobQueue, folder: Path, max_streams: int = 8) -> AsyncIterator[str]:
     """The address of a gateway with a desk for jobs in front of that queue, and no stages behind it."""
-    models: Any = {"tiny": ServedModel("tiny", "sha256:0", 32, 32, 16)}
-    chains: Any = {"tiny": Chain()}
-    service = GatewayService(models, chains, JobDesk(queue, lambda: FileStore(folder), 60), queue.settings)
+    table = table_of(ServedModel("tiny", "sha256:0", 32, 32, 16), Chain())
+    service = GatewayService(table, JobDesk(queue, lambda: FileStore(folder), 60), queue.settings)
     plane = DataPlane(Endpoint(DESCRIPTOR, service, 64, max_streams), 64 << 20)
     await plane.start("127.0.0.1:0")
     try:

@@ -35,6 +35,7 @@ from services.gateway.service import DESCRIPTOR, GatewayService
 from services.jobs_cli import app
 from tests.jobs import REQUEST, Working, gateway, generated, settings, take
 from tests.serving import INVALID, Refusal, refusal
+from tests.tables import table_of
 
 QUEUED, RUNNING, SUCCEEDED, CANCELLED = "QUEUED", "RUNNING", "SUCCEEDED", "CANCELLED"
 
@@ -130,9 +131,8 @@ async def test_a_watcher_that_leaves_is_forgotten(queue: JobQueue, redis: "Redis
 
 async def test_a_server_that_stops_does_not_wait_for_watchers(queue: JobQueue, tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
-    models: Any = {}
     desk = JobDesk(queue, lambda: FileStore(tmp_path), 60)
-    service = GatewayService(models, {}, desk, queue.settings)
+    service = GatewayService(table_of(), desk, queue.settings)
     plane = DataPlane(Endpoint(DESCRIPTOR, service, 8, 8), 1 << 20)
     await plane.start("127.0.0.1:0")
     await queue.submit("one", b"", REQUEST)

@@ -6,7 +6,8 @@ import pytest
 
 from sdxs.errors import InvalidRequest
 from sdxs.v1 import control_pb2, gateway_pb2
-from services.gateway.checks import Order, ServedModel, images, order
+from services.fabric.models import ServedModel
+from services.gateway.checks import Order, images, order
 
 IMAGE = b"an image"
 LIMIT = 1000

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Overloaded, SdxsError, Unavailable
 from sdxs.v1 import decoder_pb2, stream_pb2
 from services.fabric.deadline import Deadline
+from services.fabric.models import ServedModel
 from services.gateway.chain import Latents
-from services.gateway.checks import Order, ServedModel
+from services.gateway.checks import Order
 from services.gateway.outbox import MAX_UNSENT
 from services.gateway.stream import Sessions
 from services.settings import ServingSettings
 from tests.streams import CLOSED, DEADLINE, GOODBYE, OVERTAKEN, Caller, change, frame, opening, settle, until
+from tests.tables import table_of
 
 MODEL = ServedModel("tiny", "sha256:0", 32, 32, 16, {"lines": ("edge",)})
 
@@ -72,7 +74,8 @@ class Steps:
 
 
 def sessions_of(steps: Steps, **values: Any) -> Sessions:
-    return Sessions({"tiny": MODEL}, {"tiny": steps}, ServingSettings(**{"redis_url": "", **values}))
+    settings = ServingSettings(**{"redis_url": "", **values})
+    return Sessions(table_of(MODEL, steps, settings.max_image_bytes), settings)
 
 
 @contextlib.asynccontextmanager
@@ -472,8 +475,12 @@ async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.Monke
         published.tell()
         assert told == []
         await caller.say(frame(5))
-        assert cache.get("red apple") is None
-        cache.put("red apple", b"embedding")
-        assert [cache.get("red apple"), cache.get("red apple"), cache.get("pear")] == [b"embedding", b"embedding", None]
+        assert cache.get("sha256:0", "red apple") is None
+        cache.put("sha256:0", "red apple", b"embedding")
+        assert [cache.get("sha256:0", prompt) for prompt in ("red apple", "red apple", "pear")] == [
+            b"embedding",
+            b"embedding",
+            None,
+        ]
         published.tell()
         assert told == [("sdxs_stream_frames", 1, ""), ("sdxs_prompt_cache", 2, "hit"), ("sdxs_prompt_cache", 2, "miss")]
