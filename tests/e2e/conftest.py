@@ -28,10 +28,14 @@ class Served:
     seconds: float
     bundle: Path
 
-    def replicas(self, deployment: str) -> set[int]:
-        """Process ids of a deployment's replicas on this server's Ray, by the titles Ray gives its workers."""
-        title = f"ray::ServeReplica:sdxs:{deployment}"
-        return {pid for pid in descendants(self.process.pid) if _title(pid).startswith(title)}
+    def replicas(self, deployment: str, application: str = "sdxs") -> set[int]:
+        """Process ids of a deployment's replicas on this server's Ray, by the titles Ray gives its workers.
+
+        Those of applications whose names begin so: each bundle has one of its own, `sdxs-<name>-<digest>...`.
+        """
+        begins, ends = f"ray::ServeReplica:{application}", f":{deployment}"
+        titles = {pid: _title(pid).split(" ")[0] for pid in descendants(self.process.pid)}
+        return {pid for pid, title in titles.items() if title.startswith(begins) and title.endswith(ends)}
 
 
 def descendants(pid: int) -> set[int]:
@@ -82,17 +86,17 @@ def served(
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, log: Path, variables: dict[str, str], *options: str) -> Iterator[Served]:
-    """The command in a process of its own, SERVING; at the end of the block it is stopped."""
+def serving(bundle: Path | None, log: Path, variables: dict[str, str], *options: str) -> Iterator[Served]:
+    """The command in a process of its own, SERVING that bundle, or what the options say; at the end of the block it is stopped."""
     address = f"127.0.0.1:{free_port()}"
     sdxs = str(Path(sys.executable).with_name("sdxs"))
-    command = [sdxs, "serve", "--model", str(bundle), "--port", address.rpartition(":")[2], *options]
+    command = [sdxs, "serve", *(["--model", str(bundle)] if bundle else []), "--port", address.rpartition(":")[2], *options]
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=output, stderr=output)
     try:
         _wait_serving(process, address, log)
-        yield Served(address, process, log, time.monotonic() - began, bundle)
+        yield Served(address, process, log, time.monotonic() - began, bundle or Path())
         _stop(process, log)
     finally:
         process.kill()
