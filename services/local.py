@@ -15,7 +15,6 @@ import services.unet.service as unet
 from sdxs import registry
 from sdxs.bundle import Manifest
 from sdxs.store import open_store
-from services.controlnet.sending import Sender
 from services.fabric.endpoint import Endpoint
 from services.fabric.jobs import open_queue
 from services.fabric.peers import LocalStage
@@ -78,8 +77,7 @@ def _load(
         for descriptor, room in zip(descriptors, rooms, strict=True)
     ]
     if has_controlnets and not fused:
-        sender = Sender(stages[1], "", settings.handover_bytes, settings.max_message_bytes)
-        rooms.append(controlnet.load(folder, digest, settings, sender))
+        rooms.append(controlnet.load(folder, digest, settings, stages[1], node=""))
         stages.append(LocalStage(Endpoint(controlnet.DESCRIPTOR, rooms[-1], settings.max_in_flight)))
     return rooms, stages
 

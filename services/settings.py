@@ -1,5 +1,7 @@
 """How the servers behave: limits, times, the queue. Where things are: sdxs.settings; how many replicas: services.app."""
 
+from typing import Literal
+
 from pydantic import Field, SecretStr, field_validator
 
 from sdxs import webhooks
@@ -32,7 +34,9 @@ class ServingSettings(Settings):
     max_image_bytes: int = 32 << 20
     """Most bytes of a request's control images and init image together."""
     handover_bytes: int = 256 << 20
-    """Most memory a ControlNet replica shares with U-Nets on its node; 0: residuals always go in messages."""
+    """Most memory a ControlNet replica shares with U-Nets on its node, and as much again on its GPU; 0: residuals always go in messages."""
+    handover_device: Literal["auto", "always", "never"] = "auto"
+    """Whether residuals stay on the device: `auto` on a GPU, `always` on a CPU too, which gains nothing, `never` by the host's memory."""
 
     stream_max_sessions: int = Field(64, ge=1)
     """Most streams a gateway serves at a time."""

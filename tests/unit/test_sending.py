@@ -13,7 +13,7 @@ from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
 from services.controlnet.sending import Sender
 from services.fabric.deadline import Deadline
-from services.fabric.handover import Borrower, Loan
+from services.fabric.handover import Borrower, SharedLoan
 from services.fabric.peers import Address, Payload
 
 HERE, THERE = "node a", "node b"
@@ -81,7 +81,8 @@ def expected(sent: Residuals) -> list[float]:
 
 async def send(sender: Sender, sent: Residuals | None, seeds: Sequence[int] = SEEDS) -> unet_pb2.DenoiseResponse:
     async with asyncio.timeout(10):
-        return await sender.send(unet_pb2.DenoiseRequest(seeds=seeds, strength=0.5), sent, Deadline())
+        rows = sent.rows() if sent is not None else []
+        return await sender.send(unet_pb2.DenoiseRequest(seeds=seeds, strength=0.5), rows, Deadline())
 
 
 def sums(answer: unet_pb2.DenoiseResponse) -> list[float]:
@@ -110,7 +111,7 @@ async def test_residuals_go_the_fastest_way_there_is(address: Address, size: int
     sent = residuals()
     answer = await send(sender, sent)
     assert unet.seen == [(address, way, (7, 8))]
-    assert (sender.shared, sender.inline) == ((1, 0) if way == "shared" else (0, 1))
+    assert sender.sent == {way: 1}
     assert sums(answer) == pytest.approx(expected(sent), abs=1e-4)
     if size:
         await returned(sender, size)
@@ -121,7 +122,7 @@ async def test_a_request_without_residuals_passes_as_it_is() -> None:
     unet = UNet(NEAR)
     sender = Sender(unet, HERE, 1 << 16, 1 << 30)
     assert sums(await send(sender, None)) == [0, 0]
-    assert (unet.seen, sender.shared, sender.inline) == ([(NEAR, "none", (7, 8))], 0, 0)
+    assert (unet.seen, sender.sent) == ([(NEAR, "none", (7, 8))], {})
     sender.close()
 
 
@@ -202,14 +203,14 @@ async def test_a_caller_who_leaves_while_the_unet_computes_gives_the_loan_back()
 async def test_a_loan_is_nobody_elses_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller leaves while the copy is being made: its thread goes on, so the piece is kept until it has ended."""
     begun, go_on = threading.Event(), threading.Event()
-    write = Loan.write
+    write = SharedLoan.write
 
-    def slowly(loan: Loan, sent: Residuals) -> None:
+    def slowly(loan: SharedLoan, *sent: Residuals) -> None:
         begun.set()
         assert go_on.wait(10)
-        write(loan, sent)
+        write(loan, *sent)
 
-    monkeypatch.setattr(Loan, "write", slowly)
+    monkeypatch.setattr(SharedLoan, "write", slowly)
     unet = UNet(NEAR)
     sender = Sender(unet, HERE, 1 << 16, 1 << 30)
     calling = asyncio.create_task(send(sender, residuals()))
@@ -234,6 +235,6 @@ async def test_many_at_once_do_not_write_over_each_other() -> None:
     answers = await asyncio.gather(*(send(sender, each) for each in many))
     for answer, sent in zip(answers, many, strict=True):
         assert sums(answer) == pytest.approx(expected(sent), abs=1e-4)
-    assert sender.shared > 0 and sender.inline > 0 and sender.shared + sender.inline == 40
+    assert sender.sent["shared"] > 0 and sender.sent["inline"] > 0 and sender.sent.total() == 40
     await returned(sender, 4096)
     sender.close()
