@@ -77,24 +77,20 @@ class HostMemory(_message.Message):
     def __init__(self, fd: _Optional[int] = ...) -> None: ...
 
 class CudaMemory(_message.Message):
-    __slots__ = ("device_uuid", "handle", "size", "offset", "ref_counter_handle", "ref_counter_offset", "event_handle", "event_sync_required")
+    __slots__ = ("device_uuid", "handle", "size", "offset", "ref_counter_handle", "ref_counter_offset")
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     REF_COUNTER_HANDLE_FIELD_NUMBER: _ClassVar[int]
     REF_COUNTER_OFFSET_FIELD_NUMBER: _ClassVar[int]
-    EVENT_HANDLE_FIELD_NUMBER: _ClassVar[int]
-    EVENT_SYNC_REQUIRED_FIELD_NUMBER: _ClassVar[int]
     device_uuid: str
     handle: bytes
     size: int
     offset: int
     ref_counter_handle: bytes
     ref_counter_offset: int
-    event_handle: bytes
-    event_sync_required: bool
-    def __init__(self, device_uuid: _Optional[str] = ..., handle: _Optional[bytes] = ..., size: _Optional[int] = ..., offset: _Optional[int] = ..., ref_counter_handle: _Optional[bytes] = ..., ref_counter_offset: _Optional[int] = ..., event_handle: _Optional[bytes] = ..., event_sync_required: _Optional[bool] = ...) -> None: ...
+    def __init__(self, device_uuid: _Optional[str] = ..., handle: _Optional[bytes] = ..., size: _Optional[int] = ..., offset: _Optional[int] = ..., ref_counter_handle: _Optional[bytes] = ..., ref_counter_offset: _Optional[int] = ...) -> None: ...
 
 class Shape(_message.Message):
     __slots__ = ("sizes",)

@@ -179,6 +179,7 @@ class DeviceBorrower:
         with self.memory.apart():
             head = slab[:NONCE_BYTES].tolist()
         if len(message.nonce) != NONCE_BYTES or bytes(head) != message.nonce:
+            del slab  # else it is held as long as the error is
             raise OSError("another process has this handle here")
         return slab
 

@@ -79,11 +79,11 @@ class CudaMemory:
         self._stream: Any = torch.cuda.Stream(self.device)
 
     def allocate(self, size: int) -> Slab:
-        """See DeviceMemory. The event that goes with the handle is recorded now, when nothing is lent: each loan is finished by `apart`."""
+        """See DeviceMemory."""
         found = torch.empty(size, dtype=torch.uint8, device=self.device)
         storage: Any = found.untyped_storage()
         with torch.cuda.device(self.device):
-            _, handle, nbytes, offset, counter, counter_offset, event, wait = storage._share_cuda_()
+            _, handle, nbytes, offset, counter, counter_offset, *_ = storage._share_cuda_()
         cuda = unet_pb2.CudaMemory(
             device_uuid=_uuid(self.device.index),
             handle=handle,
@@ -91,8 +91,6 @@ class CudaMemory:
             offset=offset,
             ref_counter_handle=counter,
             ref_counter_offset=counter_offset,
-            event_handle=event,
-            event_sync_required=wait,
         )
         return Slab(found, unet_pb2.DeviceResiduals(pid=os.getpid(), cuda=cuda))
 
@@ -111,8 +109,8 @@ class CudaMemory:
                 cuda.offset,
                 cuda.ref_counter_handle,
                 cuda.ref_counter_offset,
-                cuda.event_handle,
-                cuda.event_sync_required,
+                b"",
+                False,  # no event to wait for
             )
             return torch.empty(0, dtype=torch.uint8, device=f"cuda:{index}").set_(storage)
 
