@@ -52,7 +52,7 @@ class HostMemory:
 
     def allocate(self, size: int) -> Slab:
         """See DeviceMemory."""
-        fd = sealed_memory(size)
+        fd = sealed_memory(size, "sdxs-device")
         place = unet_pb2.DeviceResiduals(pid=os.getpid(), host=unet_pb2.HostMemory(fd=fd))
         return Slab(torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8), place, lambda: os.close(fd))
 

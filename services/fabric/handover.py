@@ -35,7 +35,7 @@ class Lender:
     """
 
     def __init__(self, size: int) -> None:
-        self._fd = sealed_memory(_HEADER + size)
+        self._fd = sealed_memory(_HEADER + size, "sdxs-residuals")
         self._memory = mmap.mmap(self._fd, _HEADER + size)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._memory[:NONCE_BYTES] = self._nonce

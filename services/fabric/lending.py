@@ -144,9 +144,13 @@ def map_sealed(pid: int, number: int, access: int) -> mmap.mmap:
         os.close(fd)
 
 
-def sealed_memory(size: int) -> int:
-    """A new anonymous file whose size does not change: its descriptor. Raises OSError where the system has none."""
-    fd = os.memfd_create("sdxs-residuals", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def sealed_memory(size: int, name: str) -> int:
+    """A new anonymous file whose size does not change: its descriptor. Raises OSError where the system has none.
+
+    Args:
+        name: for who looks at a process's mappings.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     return fd

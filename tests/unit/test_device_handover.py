@@ -124,7 +124,7 @@ def borrower(memory: DeviceMemory) -> Iterator[DeviceBorrower]:
 def maps() -> int:
     """How many mappings of this process are of such memory; of a GPU's, none."""
     gc.collect()
-    return Path("/proc/self/maps").read_text().count("sdxs-residuals")
+    return Path("/proc/self/maps").read_text().count("sdxs-device")
 
 
 def descriptors() -> int:
@@ -252,7 +252,9 @@ STRANGE: dict[str, Edit] = {
     "nobody's process": lambda message: setattr(message, "pid", 2**22 + 1),
     "process zero": lambda message: setattr(message, "pid", 0),
     "no process": lambda message: setattr(message, "pid", 2**32 - 1),
-    "no memory": lambda message: (message.ClearField("host"), message.ClearField("cuda")),
+    "no memory": lambda message: message.CopyFrom(
+        unet_pb2.DeviceResiduals(pid=message.pid, nonce=message.nonce, offset=message.offset, shapes=message.shapes)
+    ),
     "a closed file": lambda message: setattr(message.host, "fd", 100_000),
     "standard input": lambda message: setattr(message.host, "fd", 0),
     "another GPU": lambda message: setattr(message.cuda, "device_uuid", "GPU-0"),
@@ -313,7 +315,7 @@ def test_settings_say_whether_residuals_stay_on_the_device() -> None:
     assert either(handover_device="always") == (True, True)
     assert either(handover_device="always", handover_bytes=0) == (False, True)
     with pytest.raises(InvalidRequest, match="SDXS_HANDOVER_DEVICE"):
-        ServingSettings(handover_device="sometimes")  # type: ignore[arg-type]
+        ServingSettings(handover_device="sometimes")
 
 
 def test_a_lender_without_room_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
