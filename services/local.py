@@ -92,7 +92,7 @@ async def _working(gateway: Endpoint, settings: ServingSettings) -> AsyncIterato
         return
     stage = LocalStage(gateway)
     queue = open_queue(settings)
-    worker = Worker(queue, lambda: open_store(settings), lambda *job: stage.call("Generate", *job), settings)
+    worker = Worker(queue, lambda: open_store(settings, "artifacts"), lambda *job: stage.call("Generate", *job), settings)
     running = asyncio.create_task(worker.run())
     try:
         yield

@@ -23,6 +23,7 @@ from sdxs.store import ObjectStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline, Priority
 from services.fabric.jobs import Delivery, JobQueue
+from services.fabric.keys import RESULTS
 from services.settings import ServingSettings
 from services.worker.batch import REFUSALS, AllRefused, job_error, make_batch
 from services.worker.webhooks import Webhooks
@@ -122,7 +123,7 @@ class Worker:
         once = functools.partial(self._once, delivery)
         if order.requests:
             return await make_batch(self._queue, delivery, order.requests, once, self._at_once)
-        made = await once(order.request, f"jobs/{delivery.job_id}")
+        made = await once(order.request, f"{RESULTS}{delivery.job_id}")
         return gateway_pb2.GetJobResponse(images=made.images, receipt=made.receipt)
 
     async def _once(self, delivery: Delivery, request: gateway_pb2.GenerateRequest, folder: str) -> gateway_pb2.JobItem:

@@ -35,7 +35,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
     else:
         variables = request.getfixturevalue("s3_variables")
         place = hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
-        yield open_store(s3_settings(variables, store_url=f"s3://sdxs/{place}"))
+        yield open_store(s3_settings(variables, store_url=f"s3://sdxs/{place}"), "artifacts")
 
 
 def test_what_is_written_is_read(store: ObjectStore, tmp_path: Path) -> None:
@@ -121,11 +121,13 @@ def test_presigned_url_reads_without_credentials(store: ObjectStore) -> None:
 def test_presigned_urls_lead_to_the_public_address(s3_variables: dict[str, str]) -> None:
     inside = s3_variables["SDXS_S3_ENDPOINT"]
     outside = inside.replace("127.0.0.1", "localhost")
-    plain = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public"))
-    public = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public", s3_public_url=f"http://{outside}/"))
+    plain = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public"), "artifacts")
+    public = open_store(
+        s3_settings(s3_variables, store_url="s3://sdxs/public", s3_public_url=f"http://{outside}/"), "artifacts"
+    )
     public.put_if("picture.png", b"pixels", None)
     url = public.presign_get("picture.png", MINUTE)
-    assert url.startswith(f"http://{outside}/sdxs/public/picture.png?")
+    assert url.startswith(f"http://{outside}/sdxs-artifacts/public/picture.png?")
     with urllib.request.urlopen(url) as answer:
         assert answer.read() == b"pixels"
     moved = plain.presign_get("picture.png", MINUTE).replace(inside, outside)
@@ -151,7 +153,7 @@ def test_folder_store_keeps_keys_inside(tmp_path: Path, key: str) -> None:
 
 
 def test_s3_notices_changed_bytes(s3_variables: dict[str, str]) -> None:
-    store = open_store(s3_settings(s3_variables))
+    store = open_store(s3_settings(s3_variables), "models")
     assert isinstance(store, S3Store)
     wrong = {"x-amz-meta-sha256": hashlib.sha256(b"right").hexdigest()}
     import io
@@ -163,14 +165,14 @@ def test_s3_notices_changed_bytes(s3_variables: dict[str, str]) -> None:
 
 def test_s3_refuses_a_wrong_secret(s3_variables: dict[str, str]) -> None:
     with pytest.raises(PermissionDenied):
-        open_store(s3_settings(s3_variables, s3_secret_key="wrong"))
+        open_store(s3_settings(s3_variables, s3_secret_key="wrong"), "models").exists("k")
 
 
 def test_s3_that_is_not_there_is_unavailable(s3_variables: dict[str, str]) -> None:
     with pytest.raises(Unavailable):
-        open_store(s3_settings(s3_variables, s3_endpoint=f"127.0.0.1:{free_port()}"))
+        open_store(s3_settings(s3_variables, s3_endpoint=f"127.0.0.1:{free_port()}"), "models").exists("k")
 
 
 def test_unknown_scheme() -> None:
     with pytest.raises(InvalidRequest, match="store_url"):
-        open_store(Settings(store_url="ftp://x"))
+        open_store(Settings(store_url="ftp://x"), "models")
