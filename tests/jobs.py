@@ -16,6 +16,7 @@ from services.fabric.jobs import GROUP, Delivery, JobQueue
 from services.fabric.server import DataPlane
 from services.gateway.checks import ServedModel
 from services.gateway.desk import JobDesk
+from services.gateway.inputs import Inputs
 from services.gateway.service import DESCRIPTOR, GatewayService
 from services.settings import ServingSettings
 from services.worker.service import Generate, Worker
@@ -79,7 +80,8 @@ async def gateway(queue: JobQueue, folder: Path, max_streams: int = 8) -> AsyncI
     """The address of a gateway with a desk for jobs in front of that queue, and no stages behind it."""
     models: Any = {"tiny": ServedModel("tiny", "sha256:0", 32, 32, 16)}
     chains: Any = {"tiny": Chain()}
-    service = GatewayService(models, chains, JobDesk(queue, lambda: FileStore(folder), 60), queue.settings)
+    inputs = Inputs(lambda: FileStore(folder), queue.settings)
+    service = GatewayService(models, chains, JobDesk(queue, lambda: FileStore(folder), 60), inputs, queue.settings)
     plane = DataPlane(Endpoint(DESCRIPTOR, service, 64, max_streams), 64 << 20)
     await plane.start("127.0.0.1:0")
     try:
