@@ -15,9 +15,9 @@ from sdxs.errors import CorruptArtifact, DeadlineExceeded, InvalidRequest, NotFo
 from sdxs.store import ObjectStore, Stat, Upload, open_store, open_url
 from sdxs.v1 import gateway_pb2
 from services.fabric.deadline import Deadline
-from services.fabric.keys import INPUTS
+from services.fabric.keys import INPUTS, SCHEME
 from services.gateway.chain import PromptCache
-from services.gateway.names import DIGEST, S3, SCHEME, Image, by_name, copied, images_of, place_of
+from services.gateway.names import DIGEST, S3, Image, by_name, copied, images_of, place_of
 from services.settings import ServingSettings
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")

@@ -11,9 +11,8 @@ from typing import Any
 
 from sdxs.errors import InvalidRequest
 from sdxs.v1 import gateway_pb2
-from services.fabric.keys import INPUTS
+from services.fabric.keys import INPUTS, SCHEME
 
-SCHEME = "sdxs-input:"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 S3 = "s3://"
 
