@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import FileSelector
 
 from sdxs.errors import CorruptArtifact, NotFound
 from sdxs.settings import Settings
@@ -120,3 +121,18 @@ def test_reading_a_missing_bucket_makes_none(s3_variables: dict[str, str]) -> No
     from sdxs.store.s3_client import connect
 
     assert not connect(whole).bucket_exists("nobody-models")
+
+
+def test_checkpoints_that_ray_writes_are_checked_too(s3_variables: dict[str, str]) -> None:
+    """By pyarrow, without another try: Ray Train starts the worker again from the checkpoint before."""
+    from trainer.data.files import s3_filesystem
+
+    proxy = DamagingProxy(s3_variables["SDXS_S3_ENDPOINT"], NEEDLE, times=100)
+    with proxy.running():
+        damaging = s3_filesystem(s3_settings(s3_variables, s3_endpoint=proxy.address), attempts=1)
+        straight = s3_filesystem(s3_settings(s3_variables))
+        straight.create_dir("rays-checkpoints/runs")  # as Ray Train does: makes the bucket
+        with pytest.raises(OSError, match="UploadPart"), damaging.open_output_stream("rays-checkpoints/runs/state.pt") as stream:
+            stream.write(bytes(1000) + NEEDLE)
+        names = [info.base_name for info in straight.get_file_info(FileSelector("rays-checkpoints/runs"))]
+        assert "state.pt" not in names
