@@ -132,7 +132,10 @@ def test_checkpoints_that_ray_writes_are_checked_too(s3_variables: dict[str, str
         damaging = s3_filesystem(s3_settings(s3_variables, s3_endpoint=proxy.address), attempts=1)
         straight = s3_filesystem(s3_settings(s3_variables))
         straight.create_dir("rays-checkpoints/runs")  # as Ray Train does: makes the bucket
-        with pytest.raises(OSError, match="UploadPart"), damaging.open_output_stream("rays-checkpoints/runs/state.pt") as stream:
+        with (
+            pytest.raises(OSError, match="UploadPart"),
+            damaging.open_output_stream("rays-checkpoints/runs/state.pt") as stream,
+        ):
             stream.write(bytes(1000) + NEEDLE)
         names = [info.base_name for info in straight.get_file_info(FileSelector("rays-checkpoints/runs"))]
         assert "state.pt" not in names

@@ -38,7 +38,10 @@ def test_as_much_is_kept_as_fits() -> None:
 
 
 def test_facts_of_an_image() -> None:
-    stages = [stage_pb2.StageTime(stage="unet", compute_seconds=0.0123), stage_pb2.StageTime(stage="decoder", compute_seconds=0.5)]
+    stages = [
+        stage_pb2.StageTime(stage="unet", compute_seconds=0.0123),
+        stage_pb2.StageTime(stage="decoder", compute_seconds=0.5),
+    ]
     receipt = gateway_pb2.Receipt(
         prompt="red apple", seeds=[7, 8], model="tiny", model_digest="sha256:1", seconds=0.6, stages=stages, job_queue_seconds=2
     )
