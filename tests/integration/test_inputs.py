@@ -82,7 +82,8 @@ async def test_all_images_of_a_request_share_its_room(store: ObjectStore) -> Non
     for data in (LARGE, OTHER):
         store.put_bytes(key(data), data)
     room = len(LARGE) + len(OTHER)
-    assert await inputs(store, max_image_bytes=room).filled(naming(uri(LARGE), init=uri(OTHER)), Deadline())
+    filled = await inputs(store, max_image_bytes=room).filled(naming(uri(LARGE), init=uri(OTHER)), Deadline())
+    assert filled.init_image == OTHER
     for request, field in (
         (naming(uri(LARGE), init=uri(OTHER)), "init_image_uri"),
         (naming(uri(OTHER), init_image=LARGE), "controls[0].image_uri"),
@@ -180,7 +181,7 @@ async def test_the_same_images_are_the_same_job_however_they_come(queue: JobQueu
             await client.submit_job("red apple", init_image_uri=uri(LARGE), request_id="one")
         for other in ({"init_image": OTHER}, {"init_image_uri": uri(OTHER)}, {}):
             with pytest.raises(AlreadyExists):
-                await client.submit_job("red apple", request_id="one", **other)  # type: ignore[misc]
+                await client.submit_job("red apple", request_id="one", **other)
     assert await queue.backlog() == 1
 
 
