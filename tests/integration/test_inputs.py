@@ -20,7 +20,7 @@ from tests.integration.test_store import s3_settings
 from tests.jobs import gateway, settings
 from tests.pictures import noise
 
-LARGE, OTHER, SMALL = noise(64), noise(64, seed=1), noise(8)
+LARGE, OTHER, SMALL = noise(96), noise(96, seed=1), noise(8)
 
 
 def uri(data: bytes) -> str:
@@ -188,7 +188,7 @@ async def test_the_same_images_are_the_same_job_however_they_come(queue: JobQueu
 async def test_the_queue_has_room_for_many_large_images(queue: JobQueue, tmp_path: Path) -> None:
     queue.settings = settings(max_queued_bytes=10_000)
     async with gateway(queue, tmp_path) as address, AsyncClient(address) as client:
-        for i in range(20):  # 20 times 12 KB
+        for i in range(20):  # 20 times 28 KB
             await client.submit_job("red apple", init_image=LARGE, request_id=f"job-{i}")
     assert await queue.backlog() == 20
 

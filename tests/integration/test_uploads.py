@@ -26,7 +26,7 @@ from tests.integration.test_control_server import serving
 from tests.integration.test_store import s3_settings
 from tests.pictures import noise
 
-PICTURE, START = noise(48), noise(40, seed=1)
+PICTURE, START = noise(96), noise(40, seed=1)
 STEERED: dict[str, Any] = {"seed": 7, "deterministic": True, "format": "png"}
 
 
