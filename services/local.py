@@ -24,6 +24,7 @@ from services.gateway import web
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
+from services.gateway.inputs import open_inputs
 from services.gateway.service import DESCRIPTOR, GatewayService, served_model
 from services.settings import ServingSettings
 from services.worker.service import Worker
@@ -37,7 +38,8 @@ async def serve_local(model: str, settings: ServingSettings, fused: bool = False
     served = served_model(manifest)
     text, denoiser, images, *guided = stages
     chain = Chain(text, denoiser, images, PromptCache(settings.prompt_cache_bytes), *guided)
-    service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
+    models, chains = {served.name: served}, {served.name: chain}
+    service = GatewayService(models, chains, open_desk(settings), open_inputs(settings), settings)
     endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)
     plane = DataPlane(endpoint, settings.gateway_max_message_bytes)
     await plane.start(settings.gateway_address)
@@ -90,7 +92,7 @@ async def _working(gateway: Endpoint, settings: ServingSettings) -> AsyncIterato
         return
     stage = LocalStage(gateway)
     queue = open_queue(settings)
-    worker = Worker(queue, lambda: open_store(settings), lambda *job: stage.call("Generate", *job), settings)
+    worker = Worker(queue, lambda: open_store(settings, "artifacts"), lambda *job: stage.call("Generate", *job), settings)
     running = asyncio.create_task(worker.run())
     try:
         yield

@@ -11,6 +11,7 @@ from services.fabric.replica import Replica
 from services.gateway.chain import Chain, PromptCache
 from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
+from services.gateway.inputs import open_inputs
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.service import DESCRIPTOR, GatewayService, served_model
 from services.gateway.web import WebServer
@@ -37,7 +38,9 @@ class GatewayReplica(Replica):
         served = served_model(manifest)
         cache = PromptCache(settings.prompt_cache_bytes)
         chain = Chain(text, unet, decoder, cache, *controlnet)
-        self._service = service = GatewayService({served.name: served}, {served.name: chain}, open_desk(settings), settings)
+        self._service = service = GatewayService(
+            {served.name: served}, {served.name: chain}, open_desk(settings), open_inputs(settings), settings
+        )
         endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)
         limit = settings.gateway_max_message_bytes
         plane = await self.open(endpoint, settings.gateway_address, settings, manifest.digest, limit)

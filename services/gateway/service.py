@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from services.fabric.times import products
 from services.gateway import checks
 from services.gateway.chain import Chain
 from services.gateway.desk import JobDesk
+from services.gateway.inputs import Inputs
+from services.gateway.names import by_name
 from services.gateway.outbox import Send
 from services.gateway.stream import Sessions
 from services.settings import ServingSettings
@@ -34,6 +37,16 @@ _CHECKS_AT_ONCE = 8
 DESCRIPTOR = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"]
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """A request of a job."""
+
+    kept: gateway_pb2.GenerateRequest
+    """As it waits in the queue."""
+    asked: gateway_pb2.GenerateRequest
+    """What was asked for, however the images came: that it is the same job is told by it."""
+
+
 class GatewayService:
     """Serves the models of `chains`, one chain each; without a desk jobs are refused."""
 
@@ -42,11 +55,13 @@ class GatewayService:
         models: Mapping[str, checks.ServedModel],
         chains: Mapping[str, Chain],
         desk: JobDesk | None,
+        inputs: Inputs,
         settings: ServingSettings,
     ) -> None:
         self._models = models
         self._chains = chains
         self._desk = desk
+        self._inputs = inputs
         self._default_deadline_s = settings.default_deadline_s
         self._max_image_bytes = settings.max_image_bytes
         self._max_job_requests = settings.max_job_requests
@@ -74,8 +89,8 @@ class GatewayService:
     async def generate(self, request: gateway_pb2.GenerateRequest, deadline: Deadline) -> gateway_pb2.GenerateResponse:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
-        order = checks.order(request, self._models, self._max_image_bytes)
         deadline = deadline.within(self._default_deadline_s)
+        order = checks.order(await self._inputs.filled(request, deadline), self._models, self._max_image_bytes)
         made = await self._chains[order.model.name].run(order, checks.receipts(order), deadline)
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
 
@@ -103,34 +118,47 @@ class GatewayService:
             for task in choosing:  # after a first refusal nobody asks about the others
                 task.cancel()
         order = gateway_pb2.SubmitJobRequest(priority=request.priority, webhook_url=request.webhook_url)
-        if request.requests:
-            order.requests.extend(chosen)
-        else:
-            order.request.CopyFrom(chosen[0])
         asked = gateway_pb2.SubmitJobRequest()
         asked.CopyFrom(request)
         asked.ClearField("request_id")
+        if request.requests:
+            order.requests.extend(each.kept for each in chosen)
+            del asked.requests[:]
+            asked.requests.extend(each.asked for each in chosen)
+        else:
+            order.request.CopyFrom(chosen[0].kept)
+            asked.request.CopyFrom(chosen[0].asked)
         return await desk.submit(job_id, asked.SerializeToString(deterministic=True), order, deadline.tenant)
 
     async def _choose(
         self, field: str, asked: gateway_pb2.GenerateRequest, gate: asyncio.Semaphore, deadline: Deadline
-    ) -> gateway_pb2.GenerateRequest:
-        """The request with the server's choices. Raises what `generate` would, the field's name after that of the request."""
+    ) -> "_Chosen":
+        """The request with the server's choices, its images in the store.
+
+        Raises what `generate` would, the field's name after that of the request.
+        """
         try:
             async with gate:
-                order = checks.order(asked, self._models, self._max_image_bytes)
+                filled = await self._inputs.filled(asked, deadline)
+                order = checks.order(filled, self._models, self._max_image_bytes)
                 files = checks.images(order)
                 await asyncio.gather(*(asyncio.to_thread(control.read_image, data, name) for name, data in files))
                 await self._chains[order.model.name].check_prompt(order.prompt, deadline)
+                kept = await self._inputs.kept(filled)
         except InvalidRequest as error:
             raise InvalidRequest(f"{field}.{error.field}", error.value, error.allowed) from None
         except NotFound as error:
             error.field = f"{field}.{error.field}"
             raise
-        chosen = gateway_pb2.GenerateRequest()
-        chosen.CopyFrom(asked)
-        chosen.model, chosen.seed = order.model.name, order.seeds[0]
-        return chosen
+        kept.model, kept.seed = order.model.name, order.seeds[0]
+        return _Chosen(kept, by_name(filled, above=0))
+
+    async def create_upload(
+        self, request: gateway_pb2.CreateUploadRequest, deadline: Deadline
+    ) -> gateway_pb2.CreateUploadResponse:
+        """Where to send an image, to name it afterwards. Raises InvalidRequest, PreconditionFailed."""
+        deadline.remaining()
+        return await self._inputs.create_upload(request)
 
     async def get_job(self, request: gateway_pb2.GetJobRequest, deadline: Deadline) -> gateway_pb2.GetJobResponse:
         """State, and URLs once there is something to fetch. Raises NotFound."""
