@@ -19,7 +19,7 @@ import grpc
 import PIL.Image
 from google.protobuf.message import Message
 
-from sdxs import rpc
+from sdxs import rpc, uploads
 from sdxs.control import Control
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from sdxs.v1 import decoder_pb2, gateway_pb2
@@ -55,6 +55,8 @@ class Options(TypedDict, total=False):
     init_image: bytes
     """A file to start from, with `strength`."""
     strength: float
+    init_image_uri: str
+    """In place of `init_image`; see Client.upload."""
 
 
 class JobOptions(Options, total=False):
@@ -131,6 +133,15 @@ class Client:
         """Images of a prompt. Raises SdxsError."""
         answer = self._call("Generate", request(prompt, options), timeout)
         return _generated(gateway_pb2.GenerateResponse.FromString(answer))
+
+    def upload(self, image: bytes, timeout: float = 60.0) -> str:
+        """Send a PNG, JPEG or WebP file to the server's store; returns a name for `Control.image_uri` and `init_image_uri`.
+
+        Worth it for an image that many requests share, or one too large for a message. Raises SdxsError, PreconditionFailed where the
+        server takes none.
+        """
+        answer = gateway_pb2.CreateUploadResponse.FromString(self._call("CreateUpload", uploads.ask(image), timeout))
+        return uploads.send(image, answer, timeout)
 
     def submit_job(self, prompt: str, timeout: float = 10.0, **options: Unpack[JobOptions]) -> str:
         """Id of a job for that request. Raises SdxsError."""
@@ -257,6 +268,11 @@ class AsyncClient:
         """See Client.generate; cancelling the task cancels the work on the server."""
         answer = await self._call("Generate", request(prompt, options), timeout)
         return _generated(gateway_pb2.GenerateResponse.FromString(answer))
+
+    async def upload(self, image: bytes, timeout: float = 60.0) -> str:  # noqa: ASYNC109
+        """See Client.upload."""
+        answer = gateway_pb2.CreateUploadResponse.FromString(await self._call("CreateUpload", uploads.ask(image), timeout))
+        return await asyncio.to_thread(uploads.send, image, answer, timeout)
 
     async def submit_job(self, prompt: str, timeout: float = 10.0, **options: Unpack[JobOptions]) -> str:  # noqa: ASYNC109
         """See Client.submit_job."""

@@ -7,6 +7,7 @@ this machine only. They know nothing of what is stored in them.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import secrets
@@ -26,6 +27,7 @@ from sdxs.settings import Settings, data_home
 START_SECONDS = 30
 STOP_SECONDS = 5
 _TRIES = 3
+_PROBE = "sdxs-probe"  # the bucket of the object that shows that the server has started
 # SeaweedFS opens port + 10000 as well. Both ends lie between the ports of Ray's workers and those the kernel hands out.
 _PORTS = range(20_000, 22_768)
 # The server ends when it is told to, and when our end of the pipe closes, however this process ends. SIGKILL: SeaweedFS takes
@@ -158,8 +160,8 @@ def redis_server(folder: Path) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def s3_server(folder: Path, bucket: str = "sdxs") -> Iterator[dict[str, str]]:
-    """An S3 server with one bucket; yields the SDXS_* variables that lead to it. Objects lie in `folder`."""
+def s3_server(folder: Path, name: str = "sdxs") -> Iterator[dict[str, str]]:
+    """An S3 server; yields the SDXS_* variables that lead to it, to buckets that begin with `name`. Objects lie in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     access, secret = _credentials(folder / "credentials.json")
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
@@ -172,12 +174,12 @@ def s3_server(folder: Path, bucket: str = "sdxs") -> Iterator[dict[str, str]]:
         command += ["-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += [f"-{name}.port={port}" for name, port in ports.items()]
         endpoint = f"127.0.0.1:{ports['s3']}"
-        return Server.start(command, folder, "s3", environment), lambda: _has_bucket(endpoint, access, secret, bucket)
+        return Server.start(command, folder, "s3", environment), lambda: _takes_objects(endpoint, access, secret)
 
     server = _started(start, "S3")
     try:
         yield {
-            "SDXS_STORE_URL": f"s3://{bucket}",
+            "SDXS_STORE_URL": f"s3://{name}",
             "SDXS_S3_ENDPOINT": endpoint,
             "SDXS_S3_ACCESS_KEY": access,
             "SDXS_S3_SECRET_KEY": secret,
@@ -194,16 +196,17 @@ def _distinct_ports(names: tuple[str, ...]) -> dict[str, int]:
     return dict(zip(names, ports, strict=True))
 
 
-def _has_bucket(endpoint: str, access: str, secret: str, bucket: str) -> bool:
-    """Make the bucket if it is missing; raises while the server is not ready."""
+def _takes_objects(endpoint: str, access: str, secret: str) -> bool:
+    """Write one; raises while the server is not ready, which it is for buckets before it is for objects."""
     import urllib3
     from minio import Minio
 
     pool = urllib3.PoolManager(retries=False, timeout=2)
     client = Minio(endpoint, access_key=access, secret_key=secret, secure=False, region="us-east-1", http_client=pool)
     try:
-        if not client.bucket_exists(bucket):
-            client.make_bucket(bucket)
+        if not client.bucket_exists(_PROBE):
+            client.make_bucket(_PROBE)
+        client.put_object(_PROBE, "started", io.BytesIO(b""), 0)
     finally:
         pool.clear()
     return True

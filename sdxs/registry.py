@@ -1,6 +1,6 @@
 """Names of bundles: publish by digest, point a name at one, move back, and open any of them as a local folder.
 
-In a store a bundle is `models/bundles/<digest>/...`, immutable, and a name is `models/names/<name>/<pointer>.json`: everything
+In the store of models a bundle is `bundles/<digest>/...`, immutable, and a name is `names/<name>/<pointer>.json`: everything
 the pointer ever pointed at, written by compare-and-swap. `emoji@prod` is the pointer `prod` of `emoji`; plain `emoji` means
 `emoji@prod`, or the bundle that ships with the library where the store has none (`emoji@packaged` is always that one).
 """
@@ -26,7 +26,7 @@ from sdxs.store import ObjectStore, open_store, open_url
 
 DEFAULT_POINTER = "prod"
 PACKAGED = "packaged"
-_BUNDLES, _NAMES = "models/bundles/", "models/names/"
+_BUNDLES, _NAMES = "bundles/", "names/"
 _NAME = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(@(?P<pointer>[a-z0-9][a-z0-9._-]{0,63}))?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
 _TRIES = 20
@@ -185,7 +185,7 @@ def open_model(reference: str | Path, settings: Settings) -> tuple[Path, Manifes
         for folder in packaged().values():
             if bundle.read(folder, verify=False).digest.startswith(reference):
                 return _open_folder(folder)
-        return download(reference, open_store(settings), settings.cache_dir)
+        return download(reference, open_store(settings, "models"), settings.cache_dir)
     return _open_name(reference, settings)
 
 
@@ -199,7 +199,7 @@ def pins(reference: str, settings: Settings) -> list[str]:
         return [reference]
     name, pointer = split_reference(reference)
     found = []
-    if pointer != PACKAGED and (moves := history(name, pointer, open_store(settings))):
+    if pointer != PACKAGED and (moves := history(name, pointer, open_store(settings, "models"))):
         found = [current(moves).digest, *(move.digest for move in reversed(moves))]
     shipped = packaged().get(name)
     if shipped and reference in (name, f"{name}@{PACKAGED}"):
@@ -213,11 +213,11 @@ def read_manifest(reference: str, settings: Settings) -> Manifest:
         return bundle.parse(open_url(reference, settings).get_bytes(MANIFEST))
     if _DIGEST.fullmatch(reference):
         if not any(bundle.facts(folder).digest.startswith(reference) for folder in packaged().values()):
-            store = open_store(settings)
+            store = open_store(settings, "models")
             return _published(whole_digest(reference, store), store)
     elif _NAME.fullmatch(reference):
         name, pointer = split_reference(reference)
-        store = open_store(settings)
+        store = open_store(settings, "models")
         if pointer != PACKAGED and (moves := history(name, pointer, store)):
             return _published(current(moves).digest, store)
     return open_model(reference, settings)[1]
@@ -273,7 +273,7 @@ def _open_name(reference: str, settings: Settings) -> tuple[Path, Manifest]:
     shipped = packaged().get(name)
     if shipped and pointer == PACKAGED:
         return _open_folder(shipped)
-    store = open_store(settings)
+    store = open_store(settings, "models")
     moves = history(name, pointer, store)
     if moves:
         return download(current(moves).digest, store, settings.cache_dir)

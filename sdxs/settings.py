@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlparse
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +17,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sdxs.errors import InvalidRequest
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(?P<port>[0-9]{1,5})")
+
+Kind = Literal["models", "checkpoints", "artifacts", "datasets"]
+"""Life cycles of objects: kept until someone withdraws them; until a run is done with; for a time; as long as they are learnt from."""
 
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+/?")
 
@@ -33,7 +37,9 @@ def cache_home() -> Path:
 class Settings(BaseSettings):
     """All settings of client, services and trainer.
 
-    store_url: `file:///folder` or `s3://bucket[/prefix]`; the s3_* fields say where that S3 is.
+    store_url: `file:///folder` or `s3://name[/prefix]`, for all that is stored; the s3_* fields say where that S3 is.
+    models_url, checkpoints_url, artifacts_url, datasets_url: where one life cycle is, as `file:///folder` or `s3://bucket[/prefix]`;
+        empty: see `place`.
     torch_device: where networks compute: cpu, cuda, cuda:1; empty: the GPU that this process sees, else the CPU.
     torch_dtype: what they compute in; empty: float16 on a GPU, float32 on a CPU, which has no faster one. The step to x0 is always float32.
     gateway_http_address: where browsers find the stream's WebSocket, `host:port`; empty: nowhere.
@@ -43,6 +49,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SDXS_", frozen=True, extra="forbid")
 
     store_url: str = f"file://{data_home() / 'store'}"
+    models_url: str = ""
+    checkpoints_url: str = ""
+    artifacts_url: str = ""
+    datasets_url: str = ""
     s3_endpoint: str = "127.0.0.1:9000"
     s3_access_key: str = ""
     s3_secret_key: SecretStr = SecretStr("")
@@ -87,6 +97,18 @@ class Settings(BaseSettings):
         if not found or not 1 <= int(found["port"]) <= 65535:
             raise ValueError("host:port, with a port from 1 to 65535")
         return address
+
+    def place(self, kind: Kind) -> str:
+        """URL of the store of one life cycle: its own, else by store_url: `file:///folder/<kind>`, `s3://<name>-<kind>[/prefix]`.
+
+        A bucket each, not a prefix each: rights, lifecycle rules, versions and quotas are a bucket's.
+        """
+        if own := str(getattr(self, f"{kind}_url")):
+            return own
+        parts = urlparse(self.store_url)
+        if parts.scheme == "s3" and parts.netloc:
+            return f"s3://{parts.netloc}-{kind}{parts.path}"
+        return f"{self.store_url.rstrip('/')}/{kind}"
 
     def environment(self) -> dict[str, str]:
         """The SDXS_* variables that make another process see the same settings. Holds secrets: never log it."""

@@ -204,8 +204,12 @@ class ControlNets:
         weights: Array = (ladder * np.float32(asked.scale)).astype(np.float32)
         return weights
 
+    def residuals(self, *arguments: Any) -> Residuals:
+        """What one ControlNet adds for a batch, in the host's memory; arguments as of `device_residuals`."""
+        return self.device_residuals(*arguments).host()
+
     @torch.inference_mode()
-    def residuals(
+    def device_residuals(
         self,
         noise_BCHW: Array,
         prompts: Prompts,
@@ -214,7 +218,7 @@ class ControlNets:
         weights_BR: Array,
         inits: Sequence[Init | None] = (),
     ) -> Residuals:
-        """What one ControlNet adds for a batch.
+        """What one ControlNet adds for a batch, float32, on its device, where it may still be being computed: see `finish`.
 
         Args:
             noise_BCHW: where the U-Net starts, unit noise.
@@ -228,8 +232,14 @@ class ControlNets:
             *_entering(entry, network), _given(prompts.text_BLD, network), controlnet_cond=maps_BCHW,
             added_cond_kwargs=_added(prompts, self.image_size, network), return_dict=False,
         )  # fmt: skip
-        found = Residuals(tuple(map(_array, (*down, mid))))
+        found = Residuals(tuple(part.float().contiguous() for part in (*down, mid)))
         return found.weighted(weights_BR)
+
+    def finish(self) -> None:
+        """Wait until what this thread has asked for is computed."""
+        for device in {network.device for network in self.networks.values()}:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
 
 def _tensor(array: Array) -> torch.Tensor:
@@ -237,9 +247,10 @@ def _tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
-def _given(array: Array, network: Any) -> torch.Tensor:
+def _given(array: Array | torch.Tensor, network: Any) -> torch.Tensor:
     """As a network takes it: on its device, in its type."""
-    return _tensor(array).to(network.device, network.dtype)
+    tensor = array if isinstance(array, torch.Tensor) else _tensor(array)
+    return tensor.to(network.device, network.dtype)
 
 
 def _array(tensor: torch.Tensor) -> Array:

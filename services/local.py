@@ -17,7 +17,6 @@ import services.unet.service as unet
 from sdxs import registry
 from sdxs.errors import Unavailable
 from sdxs.store import open_store
-from services.controlnet.sending import Sender
 from services.fabric.endpoint import Endpoint
 from services.fabric.jobs import open_queue
 from services.fabric.models import Plan, Version, Wanted, application_name, served_model
@@ -26,9 +25,11 @@ from services.fabric.pointers import Pointer, Pointers, open_all
 from services.fabric.replica import StageService
 from services.fabric.server import DataPlane
 from services.gateway import web
-from services.gateway.chain import Chain, PromptCache
+from services.gateway.cache import ByteCache
+from services.gateway.chain import Chain
 from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
+from services.gateway.inputs import open_inputs
 from services.gateway.keeper import Keeper
 from services.gateway.service import DESCRIPTOR, GatewayService
 from services.gateway.table import Entry, ModelTable
@@ -50,10 +51,10 @@ async def serve_local(models: str | Sequence[str], settings: ServingSettings, fu
     """
     references = [models] if isinstance(models, str) else list(models)
     found = await asyncio.to_thread(open_all, references, settings)
-    cache = PromptCache(settings.prompt_cache_bytes)
+    cache = ByteCache(settings.prompt_cache_bytes)
     table = ModelTable(settings.max_image_bytes)
     keeper = Keeper(table, functools.partial(_open, cache=cache, settings=settings, fused=fused))
-    service = GatewayService(table, open_desk(settings), settings)
+    service = GatewayService(table, open_desk(settings), open_inputs(settings), settings)
     endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)
     plane = DataPlane(endpoint, settings.gateway_max_message_bytes)
     await plane.start(settings.gateway_address)
@@ -112,7 +113,7 @@ async def _drained(plane: DataPlane, settings: ServingSettings) -> AsyncIterator
         await plane.drain(settings.drain_s)
 
 
-async def _open(version: Version, cache: PromptCache, settings: ServingSettings, fused: bool) -> Entry:
+async def _open(version: Version, cache: ByteCache, settings: ServingSettings, fused: bool) -> Entry:
     """The rooms of a bundle. One that is no longer wanted before it is loaded is closed when it is."""
     loading = asyncio.create_task(asyncio.to_thread(_load, version, settings, fused))
     try:
@@ -154,8 +155,7 @@ def _load(version: Version, settings: ServingSettings, fused: bool) -> _Room:
         for descriptor, room in zip(descriptors, rooms, strict=True)
     ]
     if has_controlnets and not fused:
-        sender = Sender(stages[1], "", settings.handover_bytes, settings.max_message_bytes)
-        rooms.append(controlnet.load(folder, digest, settings, sender))
+        rooms.append(controlnet.load(folder, digest, settings, stages[1], node=""))
         stages.append(LocalStage(Endpoint(controlnet.DESCRIPTOR, rooms[-1], settings.max_in_flight)))
     return rooms, stages
 
@@ -168,7 +168,7 @@ async def _working(gateway: Endpoint, settings: ServingSettings) -> AsyncIterato
         return
     stage = LocalStage(gateway)
     queue = open_queue(settings)
-    worker = Worker(queue, lambda: open_store(settings), lambda *job: stage.call("Generate", *job), settings)
+    worker = Worker(queue, lambda: open_store(settings, "artifacts"), lambda *job: stage.call("Generate", *job), settings)
     running = asyncio.create_task(worker.run())
     try:
         yield

@@ -1,5 +1,7 @@
 """How the servers behave: limits, times, the queue. Where things are: sdxs.settings; how many replicas: services.app."""
 
+from typing import Literal
+
 from pydantic import Field, SecretStr, field_validator
 
 from sdxs import webhooks
@@ -35,8 +37,16 @@ class ServingSettings(Settings):
     """Largest request the gateway's server reads."""
     max_image_bytes: int = 32 << 20
     """Most bytes of a request's control images and init image together."""
+    input_inline_bytes: int = Field(16 << 10, ge=0)
+    """Larger control and init images of jobs wait in the store, not in the queue: 4 ms slower, on one machine, for no memory of Redis."""
+    input_cache_bytes: int = 64 << 20
+    """Images that requests name, kept by a gateway."""
+    input_buckets: str = ""
+    """Buckets that requests may name images of too: `bucket` or `bucket/prefix`, with commas between them."""
     handover_bytes: int = 256 << 20
-    """Most memory a ControlNet replica shares with U-Nets on its node; 0: residuals always go in messages."""
+    """Most memory a ControlNet replica shares with U-Nets on its node, and as much again on its GPU; 0: residuals always go in messages."""
+    handover_device: Literal["auto", "always", "never"] = "auto"
+    """Whether residuals stay on the device: `auto` on a GPU, `always` on a CPU too, which gains nothing, `never` by the host's memory."""
 
     stream_max_sessions: int = Field(64, ge=1)
     """Most streams a gateway serves at a time."""
@@ -82,8 +92,15 @@ class ServingSettings(Settings):
     """Longest list of the dead; the oldest leave it."""
     max_watchers: int = 256
     """Most WatchJob calls a gateway holds."""
-    url_ttl_s: int = 3600
+    url_ttl_s: int = Field(3600, ge=1, le=7 * 24 * 3600)
     """How long a presigned URL works."""
+
+    results_ttl_s: int = Field(30 * 24 * 3600, ge=0)
+    """Images of jobs are deleted so long after they were made, and no sooner than their jobs are forgotten; 0: never."""
+    inputs_ttl_s: int = Field(7 * 24 * 3600, ge=0)
+    """Images that steer are deleted so long after they were last sent or named, unless a job still waits for them; 0: never."""
+    sweep_every_s: float = Field(3600.0, gt=0)
+    """How often one of the workers looks for what is to be deleted."""
 
     webhook_secret: SecretStr = SecretStr("")
     """`whsec_` and the base64 of 24 to 64 random bytes, to sign webhooks with; empty: jobs with a webhook are refused."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from sdxs.errors import InvalidRequest
-from sdxs.store import FileStore
+from sdxs.store import FileStore, ObjectStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.endpoint import Endpoint
@@ -16,6 +16,7 @@ from services.fabric.models import ServedModel
 from services.fabric.server import DataPlane
 from services.gateway.checks import Order
 from services.gateway.desk import JobDesk
+from services.gateway.inputs import Inputs
 from services.gateway.service import DESCRIPTOR, GatewayService
 from services.settings import ServingSettings
 from services.worker.service import Generate, Worker
@@ -76,10 +77,15 @@ class Chain:
 
 
 @contextlib.asynccontextmanager
-async def gateway(queue: JobQueue, folder: Path, max_streams: int = 8) -> AsyncIterator[str]:
-    """The address of a gateway with a desk for jobs in front of that queue, and no stages behind it."""
+async def gateway(queue: JobQueue, folder: Path, max_streams: int = 8, store: ObjectStore | None = None) -> AsyncIterator[str]:
+    """The address of a gateway with a desk for jobs in front of that queue, and no stages behind it.
+
+    Its store of artifacts is the folder, or `store`.
+    """
+    artifacts = store or FileStore(folder)
     table = table_of(ServedModel("tiny", "sha256:0", 32, 32, 16), Chain())
-    service = GatewayService(table, JobDesk(queue, lambda: FileStore(folder), 60), queue.settings)
+    desk, inputs = JobDesk(queue, lambda: artifacts, 60), Inputs(lambda: artifacts, queue.settings)
+    service = GatewayService(table, desk, inputs, queue.settings)
     plane = DataPlane(Endpoint(DESCRIPTOR, service, 64, max_streams), 64 << 20)
     await plane.start("127.0.0.1:0")
     try:

@@ -103,8 +103,8 @@ class Artifacts:
 
 
 def open_artifacts(settings: Settings) -> Artifacts:
-    """Those of the configured store and cache."""
-    return Artifacts(open_store(settings), settings.cache_dir / "artifacts")
+    """Those of the configured store of checkpoints, and cache: they live as long as the run they can be resumed from."""
+    return Artifacts(open_store(settings, "checkpoints"), settings.cache_dir / "artifacts")
 
 
 def stage_folder(stage: str, digest: str) -> Path:

@@ -53,8 +53,8 @@ def run_demo(output: Path, quick: bool, ray_session: ExitStack) -> None:
         with Bars(console) as bars:
             result = Distillation(recipe, settings, Cluster(teachers=1 if quick else 2), bars).run(output / "bundle")
             ray_session.close()
-            manifest = registry.publish(output / "bundle", open_store(settings))
-            registry.promote(manifest.name, manifest.digest, open_store(settings))
+            manifest = registry.publish(output / "bundle", open_store(settings, "models"))
+            registry.promote(manifest.name, manifest.digest, open_store(settings, "models"))
             console.print(f"published {manifest.name}@prod = {manifest.digest[:19]}")
             with _server(f"{manifest.name}@prod", output / "serve.log") as server:
                 comparison, rows = _evaluate(recipe, result, settings, bars)  # while the replicas start

@@ -26,11 +26,11 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 def storage(settings: Settings) -> dict[str, Any]:
-    """`storage_path` and `storage_filesystem` of Ray Train for the configured store."""
-    url = urlparse(settings.store_url)
+    """`storage_path` and `storage_filesystem` of Ray Train for the configured store of checkpoints."""
+    url = urlparse(settings.place("checkpoints"))
     if url.scheme == "file":
-        return {"storage_path": f"{url.path}/checkpoints"}
-    path = f"{url.netloc}{url.path.rstrip('/')}/checkpoints"
+        return {"storage_path": f"{url.path}/runs"}
+    path = f"{url.netloc}{url.path.rstrip('/')}/runs"
     return {"storage_path": path, "storage_filesystem": s3_filesystem(settings, ATTEMPTS)}
 
 

@@ -53,7 +53,7 @@ def run_recipe(recipe: AnyRecipe, output: Path, cluster: Cluster, file: str) -> 
         return
     with console.status("evaluating") as status:
         _evaluate(result.bundle, recipe, settings, status.update)
-    manifest = registry.publish(result.bundle, open_store(settings))
+    manifest = registry.publish(result.bundle, open_store(settings, "models"))
     console.print(f"bundle: {output}\nrun: {run_folder / 'index.html'}\npublished as {manifest.digest}")
     console.print(f"point a name at it:  sdxs models promote {manifest.name} {manifest.digest}")
 

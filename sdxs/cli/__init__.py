@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "Text to an image file, in this process or from a server.",
     "serve": "Serve a bundle over gRPC until stopped.",
     "jobs": "List, show, watch and cancel jobs of a server; replay dead ones.",
+    "artifacts": "List, show and sweep images of jobs and images that steer; upload some.",
     "models": "List, show, publish, promote and roll back bundles.",
     "train": "Run a recipe on Ray Train.",
     "eval": "Score a bundle beside its teacher.",

@@ -42,7 +42,10 @@ def generate(  # noqa: PLR0913  (one argument per option)
         str | None, typer.Option(help="host:port of a gateway; without it the image is made in this process.")
     ] = None,
     control: Annotated[
-        list[Path] | None, typer.Option("--control", help="Image that the result follows; several are added up.")
+        list[str] | None,
+        typer.Option(
+            "--control", help="Image that the result follows; several are added up. With --server also s3:// or sdxs-input:."
+        ),
     ] = None,
     control_type: Annotated[
         list[str] | None,
@@ -54,7 +57,7 @@ def generate(  # noqa: PLR0913  (one argument per option)
     ] = None,
     preprocessed: Annotated[bool, typer.Option("--preprocessed", help="Each --control is the map itself.")] = False,
     guess: Annotated[bool, typer.Option("--guess", help="Deep layers follow it more than shallow ones.")] = False,
-    init_image: Annotated[Path | None, typer.Option(help="Image to start from.")] = None,
+    init_image: Annotated[str | None, typer.Option(help="Image to start from; as --control.")] = None,
     strength: Annotated[
         float | None, typer.Option(help="How far to go from it: near 0 stays close, 1 goes all the way.  [default: 0.6]")
     ] = None,
@@ -72,19 +75,20 @@ def generate(  # noqa: PLR0913  (one argument per option)
     if output.suffix.lower() not in SUFFIXES:
         raise InvalidRequest("output", str(output), f"a file ending in {', '.join(SUFFIXES)}")
     image_seeds(seed, n)  # a wrong seed is said before torch is loaded
-    start_image = _read("init-image", init_image) if init_image else b""
+    start = _given("init-image", init_image, server) if init_image else Given()
     steering = Steering(
-        controls=_controls(control or [], control_type or [], scale or [], controlnet or [], preprocessed, guess),
-        init_image=start_image,
+        controls=_controls(control or [], control_type or [], scale or [], controlnet or [], preprocessed, guess, server),
+        init_image=start.image,
+        init_image_uri=start.image_uri,
         strength=strength if strength is not None else 0.6 if init_image else 1.0,
     )
-    check_strength(steering.strength, start_image)
-    start = time.perf_counter()
+    check_strength(steering.strength, start.image or start.image_uri.encode())
+    began = time.perf_counter()
     request = Request(prompt, model, seed, n, SUFFIXES[output.suffix.lower()], steering)
     files = _from_server(request, server) if server else _in_process(request)
     paths = [output if n == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(n)]
     _write(paths, files)
-    seconds = round(time.perf_counter() - start, 3)
+    seconds = round(time.perf_counter() - began, 3)
     if as_json:
         typer.echo(
             json.dumps({"files": [str(p) for p in paths], "prompt": prompt, "model": model, "seed": seed, "seconds": seconds})
@@ -94,11 +98,20 @@ def generate(  # noqa: PLR0913  (one argument per option)
 
 
 @dataclass(frozen=True)
+class Given:
+    """An image of the command line: a file's bytes, or the name of one that the server has."""
+
+    image: bytes = b""
+    image_uri: str = ""
+
+
+@dataclass(frozen=True)
 class Steering:
     """What steers the result beside the prompt."""
 
     controls: list[Control]
     init_image: bytes
+    init_image_uri: str
     strength: float
 
 
@@ -114,8 +127,14 @@ class Request:
     steering: Steering
 
 
-def _controls(
-    files: list[Path], types: list[str], scales: list[float], names: list[str], preprocessed: bool, guess: bool
+def _controls(  # noqa: PLR0913  (one argument per option)
+    files: list[str],
+    types: list[str],
+    scales: list[float],
+    names: list[str],
+    preprocessed: bool,
+    guess: bool,
+    server: str | None,
 ) -> list[Control]:
     """One for each file; the other options are for all, or one for each. Raises InvalidRequest."""
     given: dict[str, list[Any]] = {"control-type": types, "scale": scales, "controlnet": names}
@@ -128,10 +147,20 @@ def _controls(
     def of(values: list[Any], index: int, default: Any) -> Any:
         return default if not values else values[0] if len(values) == 1 else values[index]
 
+    images = [_given("control", file, server) for file in files]
     return [
-        Control(_read("control", path), of(types, i, ""), of(names, i, ""), of(scales, i, 1.0), guess, preprocessed)
-        for i, path in enumerate(files)
+        Control(each.image, of(types, i, ""), of(names, i, ""), of(scales, i, 1.0), guess, preprocessed, each.image_uri)
+        for i, each in enumerate(images)
     ]
+
+
+def _given(option: str, text: str, server: str | None) -> Given:
+    """What an option names. Raises InvalidRequest where there is no such file, or no server to know such a name."""
+    if not text.startswith(("s3://", "sdxs-input:")):
+        return Given(_read(option, Path(text)))
+    if server is None:
+        raise InvalidRequest(option, text, "a file, or with --server the name of an image that it has")
+    return Given(image_uri=text)
 
 
 def _read(option: str, path: Path) -> bytes:
@@ -188,7 +217,8 @@ def _from_server(request: Request, server: str) -> list[bytes]:
     steering = request.steering
     if steering.controls:
         options["controls"] = steering.controls
-    if steering.init_image:
-        options |= {"init_image": steering.init_image, "strength": steering.strength}
+    if steering.init_image or steering.init_image_uri:
+        start: Options = {"init_image": steering.init_image, "init_image_uri": steering.init_image_uri}
+        options |= {**start, "strength": steering.strength}
     with Client(server) as client:
         return [image.data for image in client.generate(request.prompt, **options).images]

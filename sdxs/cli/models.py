@@ -29,9 +29,9 @@ def list_models(as_json: AsJson = False) -> None:
 
     \b
     sdxs models list
-    SDXS_STORE_URL=s3://models SDXS_S3_ENDPOINT=s3.example.org sdxs models list --json
+    SDXS_MODELS_URL=s3://models SDXS_S3_ENDPOINT=s3.example.org sdxs models list --json
     """
-    found = registry.listing(open_store(Settings()))
+    found = registry.listing(open_store(Settings(), "models"))
     if as_json:
         typer.echo(json.dumps([vars(entry) for entry in found]))
         return
@@ -75,7 +75,7 @@ def publish(folder: Annotated[Path, typer.Argument(help="A sealed bundle folder.
     \b
     sdxs models publish out/emoji
     """
-    typer.echo(registry.publish(folder, open_store(Settings())).digest)
+    typer.echo(registry.publish(folder, open_store(Settings(), "models")).digest)
 
 
 @app.command()
@@ -90,7 +90,7 @@ def promote(
     sdxs models promote emoji@canary sha256:1f0c...
     """
     base, pointer = registry.split_reference(name)
-    registry.promote(base, digest, open_store(Settings()), pointer)
+    registry.promote(base, digest, open_store(Settings(), "models"), pointer)
     typer.echo(f"{base}@{pointer} -> {digest}")
 
 
@@ -102,4 +102,5 @@ def rollback(name: Annotated[str, typer.Argument(help="name or name@pointer.")])
     sdxs models rollback emoji
     """
     base, pointer = registry.split_reference(name)
-    typer.echo(f"{base}@{pointer} -> {registry.rollback(base, open_store(Settings()), pointer)}")
+    digest = registry.rollback(base, open_store(Settings(), "models"), pointer)
+    typer.echo(f"{base}@{pointer} -> {digest}")

@@ -23,14 +23,16 @@ class Control:
         scale: how strongly the residuals count; 1 is as trained.
         guess: diffusers' guess mode: the residuals count 0.1 to 1.0, more the deeper they enter, on top of `scale`.
         preprocessed: the image is the map itself; it is only resized.
+        image_uri: in place of `image`, one that a server knows by this name (`Client.upload`).
     """
 
-    image: bytes
+    image: bytes = b""
     type: str = ""
     controlnet: str = ""
     scale: float = 1.0
     guess: bool = False
     preprocessed: bool = False
+    image_uri: str = ""
 
 
 MAX_SCALE = 2.0
@@ -52,6 +54,8 @@ def map_of(control: Control, size: int, field: str) -> np.ndarray:
         InvalidRequest: the image cannot be read, or its type has no preprocessor.
         PreconditionFailed: the preprocessor is not installed.
     """
+    if control.image_uri:
+        raise InvalidRequest(f"{field}.image_uri", control.image_uri, "none without a server: the image itself")
     image_HWC = read_image(control.image, f"{field}.image")
     if control.preprocessed:
         return fit(image_HWC, size, size)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PreconditionFailed
+from sdxs.store.objects import BINARY, Entry, SignedRequest, Stat, Upload
 from sdxs.store.transfer import PartFile, read_chunks
 
 T = TypeVar("T")
 
 
 class FileStore:
-    """A folder. The sha256 of each object stands beside it in a hidden file.
+    """A folder. The sha256 of each object stands beside it in a hidden file, and so does its metadata, where it has some.
 
     Object and mark are two files, so a writer first marks both the old and the new digest as right, then replaces the object,
     then drops the old one: a reader, or a crash, in between finds an object that its mark admits.
@@ -26,10 +29,10 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
 
-    def put_bytes(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+    def put_bytes(self, key: str, data: bytes, content_type: str = BINARY, metadata: Mapping[str, str] | None = None) -> None:
         path = self._path(key)
         with self._lock():
-            self._replace(path, [data])
+            self._replace(path, [data], content_type, metadata or {})
 
     def put_file(self, key: str, path: Path) -> None:
         target = self._path(key)
@@ -44,7 +47,9 @@ class FileStore:
                 raise PreconditionFailed(f"object {key!r} has changed meanwhile")
             self._replace(path, [data])
 
-    def get_bytes(self, key: str) -> bytes:
+    def get_bytes(self, key: str, at_most: int | None = None) -> bytes:
+        if at_most is not None and (size := self.stat(key).size) > at_most:
+            raise InvalidRequest("key", f"{key}: {size} bytes", f"at most {at_most} bytes")
         return self.get_tagged(key)[0]
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
@@ -74,19 +79,47 @@ class FileStore:
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
+    def stat(self, key: str) -> Stat:
+        path = self._path(key)
+        about = json.loads(_about(path).read_text(encoding="utf8")) if _about(path).is_file() else {}
+        try:
+            facts = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise _missing(key) from None
+        return Stat(facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC), **about)
+
+    def touch(self, key: str) -> None:
+        try:
+            os.utime(self._path(key))
+        except FileNotFoundError:
+            raise _missing(key) from None
+
     def list(self, prefix: str) -> Iterator[str]:
         keys = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file() and not p.name.startswith("."))
         yield from sorted(key for key in keys if key.startswith(prefix))
 
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        for key in self.list(prefix):
+            with suppress(NotFound):  # deleted meanwhile
+                stat = self.stat(key)
+                yield Entry(key, stat.size, stat.modified)
+
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._lock():
-            path.unlink(missing_ok=True)
-            _mark(path).unlink(missing_ok=True)
+            for file in (path, _mark(path), _about(path)):
+                file.unlink(missing_ok=True)
 
     def presign_get(self, key: str, expires: timedelta) -> str:
         """A file:// URL; it does not expire."""
         return self._path(key).as_uri()
+
+    def presign_put(self, key: str, upload: Upload, expires: timedelta) -> SignedRequest:
+        """None: a folder has no server to send to."""
+        raise PreconditionFailed("this server's store is a folder and takes no uploads: send the image in the request")
+
+    def expire_after(self, days: Mapping[str, int]) -> None:
+        """Nobody to do it."""
 
     def _path(self, key: str) -> Path:
         path = (self.root / key).resolve()
@@ -102,7 +135,9 @@ class FileStore:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _replace(self, path: Path, chunks: Iterable[bytes]) -> None:
+    def _replace(
+        self, path: Path, chunks: Iterable[bytes], content_type: str = BINARY, metadata: Mapping[str, str] | None = None
+    ) -> None:
         part, mark = PartFile(path), _mark(path)
         try:
             digest = part.write(chunks)
@@ -110,6 +145,10 @@ class FileStore:
             _write(mark, f"{digest} {old}")
             part.commit()
             _write(mark, digest)
+            if metadata or content_type != BINARY:
+                _write(_about(path), json.dumps({"content_type": content_type, "metadata": dict(metadata or {})}))
+            else:
+                _about(path).unlink(missing_ok=True)
         finally:
             part.discard()
 
@@ -126,7 +165,7 @@ class FileStore:
         try:
             yield from read_chunks(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise NotFound(f"object {key!r} is not in the store") from None
+            raise _missing(key) from None
 
     @staticmethod
     def _check(key: str, path: Path, digest: str) -> None:
@@ -135,8 +174,16 @@ class FileStore:
             raise CorruptArtifact(f"object {key!r}: sha256 differs from what was written")
 
 
+def _missing(key: str) -> NotFound:
+    return NotFound(f"object {key!r} is not in the store")
+
+
 def _mark(path: Path) -> Path:
     return path.with_name(f".{path.name}.sha256")
+
+
+def _about(path: Path) -> Path:
+    return path.with_name(f".{path.name}.about")
 
 
 def _write(path: Path, text: str) -> None:

@@ -24,13 +24,13 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/control.proto\x12\x07sdxs.v1\"}\n\x07\x43ontrol\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x12\n\ncontrolnet\x18\x03 \x01(\t\x12\x12\n\x05scale\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05guess\x18\x05 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x06 \x01(\x08\x42\x08\n\x06_scaleb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/control.proto\x12\x07sdxs.v1\"\x90\x01\n\x07\x43ontrol\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x12\n\ncontrolnet\x18\x03 \x01(\t\x12\x12\n\x05scale\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05guess\x18\x05 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x06 \x01(\x08\x12\x11\n\timage_uri\x18\x07 \x01(\tB\x08\n\x06_scaleb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONTROL']._serialized_start=34
-  _globals['_CONTROL']._serialized_end=159
+  _globals['_CONTROL']._serialized_start=35
+  _globals['_CONTROL']._serialized_end=179
 # @@protoc_insertion_point(module_scope)

@@ -54,7 +54,7 @@ MODEL_STATE_STARTING: ModelState
 MODEL_STATE_BROKEN: ModelState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "model", "seed", "n", "width", "height", "format", "deterministic", "controls", "init_image", "strength")
+    __slots__ = ("prompt", "model", "seed", "n", "width", "height", "format", "deterministic", "controls", "init_image", "strength", "init_image_uri")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class GenerateRequest(_message.Message):
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     INIT_IMAGE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    INIT_IMAGE_URI_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     model: str
     seed: int
@@ -77,7 +78,8 @@ class GenerateRequest(_message.Message):
     controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
     init_image: bytes
     strength: float
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
+    init_image_uri: str
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., init_image_uri: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("images", "receipt")
@@ -262,6 +264,39 @@ class CancelJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: GetJobResponse
     def __init__(self, job: _Optional[_Union[GetJobResponse, _Mapping]] = ...) -> None: ...
+
+class CreateUploadRequest(_message.Message):
+    __slots__ = ("sha256", "size", "media_type")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    size: int
+    media_type: str
+    def __init__(self, sha256: _Optional[str] = ..., size: _Optional[int] = ..., media_type: _Optional[str] = ...) -> None: ...
+
+class CreateUploadResponse(_message.Message):
+    __slots__ = ("uri", "already_there", "method", "url", "headers", "url_expires")
+    class HeadersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    URI_FIELD_NUMBER: _ClassVar[int]
+    ALREADY_THERE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    HEADERS_FIELD_NUMBER: _ClassVar[int]
+    URL_EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    uri: str
+    already_there: bool
+    method: str
+    url: str
+    headers: _containers.ScalarMap[str, str]
+    url_expires: _timestamp_pb2.Timestamp
+    def __init__(self, uri: _Optional[str] = ..., already_there: _Optional[bool] = ..., method: _Optional[str] = ..., url: _Optional[str] = ..., headers: _Optional[_Mapping[str, str]] = ..., url_expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class JobImage(_message.Message):
     __slots__ = ("key", "url", "url_expires", "format", "size", "sha256")

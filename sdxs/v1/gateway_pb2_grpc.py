@@ -67,6 +67,11 @@ class GatewayServiceStub:
                 request_serializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.CreateUpload = channel.unary_unary(
+                '/sdxs.v1.GatewayService/CreateUpload',
+                request_serializer=sdxs_dot_v1_dot_gateway__pb2.CreateUploadRequest.SerializeToString,
+                response_deserializer=sdxs_dot_v1_dot_gateway__pb2.CreateUploadResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/sdxs.v1.GatewayService/ListModels',
                 request_serializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
@@ -126,6 +131,13 @@ class GatewayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateUpload(self, request, context):
+        """Where to send an image once, to name it in any number of requests. FAILED_PRECONDITION on a server whose store takes no uploads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """All models of the server, its default first; those too that are still STARTING, of which only name, digest and status are known.
         """
@@ -173,6 +185,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobRequest.FromString,
                     response_serializer=sdxs_dot_v1_dot_gateway__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'CreateUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateUpload,
+                    request_deserializer=sdxs_dot_v1_dot_gateway__pb2.CreateUploadRequest.FromString,
+                    response_serializer=sdxs_dot_v1_dot_gateway__pb2.CreateUploadResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -349,6 +366,33 @@ class GatewayService:
             '/sdxs.v1.GatewayService/CancelJob',
             sdxs_dot_v1_dot_gateway__pb2.CancelJobRequest.SerializeToString,
             sdxs_dot_v1_dot_gateway__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sdxs.v1.GatewayService/CreateUpload',
+            sdxs_dot_v1_dot_gateway__pb2.CreateUploadRequest.SerializeToString,
+            sdxs_dot_v1_dot_gateway__pb2.CreateUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sdxs/v1/tensor.proto\x12\x07sdxs.v1\"Q\n\x06Tensor\x12*\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32\x14.sdxs.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*\xa7\x01\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x45LEMENT_TYPE_UINT8\x10\x03\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x04\x12\x16\n\x12\x45LEMENT_TYPE_INT64\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sdxs/v1/tensor.proto\x12\x07sdxs.v1\"Q\n\x06Tensor\x12*\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32\x14.sdxs.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*\xc2\x01\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x45LEMENT_TYPE_UINT8\x10\x03\x12\x16\n\x12\x45LEMENT_TYPE_INT32\x10\x04\x12\x16\n\x12\x45LEMENT_TYPE_INT64\x10\x05\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.tensor_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ELEMENTTYPE']._serialized_start=117
-  _globals['_ELEMENTTYPE']._serialized_end=284
+  _globals['_ELEMENTTYPE']._serialized_end=311
   _globals['_TENSOR']._serialized_start=33
   _globals['_TENSOR']._serialized_end=114
 # @@protoc_insertion_point(module_scope)

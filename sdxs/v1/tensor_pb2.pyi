@@ -15,12 +15,14 @@ class ElementType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ELEMENT_TYPE_UINT8: _ClassVar[ElementType]
     ELEMENT_TYPE_INT32: _ClassVar[ElementType]
     ELEMENT_TYPE_INT64: _ClassVar[ElementType]
+    ELEMENT_TYPE_BFLOAT16: _ClassVar[ElementType]
 ELEMENT_TYPE_UNSPECIFIED: ElementType
 ELEMENT_TYPE_FLOAT32: ElementType
 ELEMENT_TYPE_FLOAT16: ElementType
 ELEMENT_TYPE_UINT8: ElementType
 ELEMENT_TYPE_INT32: ElementType
 ELEMENT_TYPE_INT64: ElementType
+ELEMENT_TYPE_BFLOAT16: ElementType
 
 class Tensor(_message.Message):
     __slots__ = ("element_type", "shape", "data")

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from services.controlnet.sending import Sender
 from services.controlnet.service import DESCRIPTOR, ControlNetService, load
 from services.fabric.discovery import replicas
 from services.fabric.peers import PeerSet
@@ -26,8 +25,7 @@ class ControlNetReplica(StageReplica):
         """See StageReplica."""
         node = node_id()
         self._unets = replicas("sdxs.v1.UNetService", self._handle, model_digest, settings, near=node)
-        sender = Sender(self._unets, node, settings.handover_bytes, settings.max_message_bytes)
-        return load(folder, model_digest, settings, sender)
+        return load(folder, model_digest, settings, self._unets, node)
 
     async def __del__(self) -> None:
         """After the calls in flight the channels."""

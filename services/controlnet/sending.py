@@ -1,8 +1,10 @@
-"""Residuals on their way to a U-Net replica: in shared memory where it can read ours, else in the message."""
+"""Residuals on their way to a U-Net replica: on the device or in shared memory where it can read ours, else in the message."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -11,7 +13,8 @@ from sdxs.errors import InvalidRequest
 from sdxs.residuals import Residuals
 from sdxs.v1 import stage_pb2, unet_pb2
 from services.fabric.deadline import Deadline
-from services.fabric.handover import Lender, Loan
+from services.fabric.handover import Lender
+from services.fabric.lending import Lends, Loan
 from services.fabric.peers import Address, Stage
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,10 @@ class _TooLarge(Exception):
     """The message would be larger than the receiver takes."""
 
 
+class _ByHost(Exception):
+    """Who is asked does not read the device's memory: the residuals must come to the host's first."""
+
+
 class Sender:
     """Calls U-Net replicas.
 
@@ -31,73 +38,95 @@ class Sender:
         node: Ray's id of this node: replicas of another one are not offered shared memory.
         shared_bytes: most memory lent at a time; 0: none ever.
         max_message_bytes: what a U-Net replica takes; larger requests are sent in parts.
+        device: lends the device's memory, for residuals that are there; None: nothing stays there.
     """
 
-    def __init__(self, unet: Stage, node: str, shared_bytes: int, max_message_bytes: int) -> None:
+    def __init__(self, unet: Stage, node: str, shared_bytes: int, max_message_bytes: int, device: Lends | None = None) -> None:
         self._unet = unet
         self._node = node
         self._max_message_bytes = max_message_bytes
-        self._lender = _lender(shared_bytes)
-        self._blind: set[Address] = set()
-        self.shared = self.inline = 0
-        """How many messages went either way."""
+        self._lender, self._device = _lender(shared_bytes), device
+        self._blind: set[tuple[str, Address]] = set()
+        self.sent: Counter[str] = Counter()
+        """How many messages had residuals in which field."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether residuals had best stay where they are computed."""
+        return self._device is not None
 
     def close(self) -> None:
         """After the last call."""
-        if self._lender is not None:
-            self._lender.close()
+        for lender in (self._device, self._lender):
+            if lender is not None:
+                lender.close()
 
     async def send(
-        self, request: unet_pb2.DenoiseRequest, residuals: Residuals | None, deadline: Deadline
+        self, request: unet_pb2.DenoiseRequest, residuals: Sequence[Residuals], deadline: Deadline
     ) -> unet_pb2.DenoiseResponse:
-        """The U-Net's answer to the request with these residuals. Raises SdxsError."""
-        if residuals is None:
+        """The U-Net's answer to the request with the residuals of each of its images, or with none. Raises SdxsError."""
+        if not residuals:
             return await self._call(lambda _: request.SerializeToString(), deadline)
-        loan = self._lender.lend([part.shape for part in residuals.parts]) if self._lender is not None else None
-        if loan is None:
-            return await self._offer(request, residuals, None, deadline)
-        writing = asyncio.create_task(asyncio.to_thread(loan.write, residuals))
-        try:
-            await asyncio.shield(writing)
-            return await self._offer(request, residuals, loan, deadline)
-        finally:  # a caller that leaves does not stop the thread: its piece is nobody else's before it is done
-            writing.add_done_callback(lambda _: loan.end())
+        if residuals[0].on_host:
+            return await self._send_by_host(request, residuals, None, deadline)
+        async with _lent(self._device, residuals) as loan:
+            if loan is not None:
+                with contextlib.suppress(_ByHost):
+                    return await self._offer(request, None, [loan], deadline)
+            fetched = await asyncio.to_thread(lambda: [each.host() for each in residuals])
+            return await self._send_by_host(request, fetched, loan, deadline)
+
+    async def _send_by_host(
+        self, request: unet_pb2.DenoiseRequest, residuals: Sequence[Residuals], also: Loan | None, deadline: Deadline
+    ) -> unet_pb2.DenoiseResponse:
+        """In shared memory or in the message; as the loan `also` to those who can read it."""
+        async with _lent(self._lender, residuals) as loan:
+            try:
+                return await self._offer(request, residuals, [each for each in (also, loan) if each is not None], deadline)
+            except _TooLarge:
+                return await self._halves(request, residuals, deadline)
 
     async def _offer(
-        self, request: unet_pb2.DenoiseRequest, residuals: Residuals, loan: Loan | None, deadline: Deadline
+        self,
+        request: unet_pb2.DenoiseRequest,
+        residuals: Sequence[Residuals] | None,
+        loans: Sequence[Loan],
+        deadline: Deadline,
     ) -> unet_pb2.DenoiseResponse:
-        """Shared to whom can read it. Each peer, that of a second try too, gets what it can take."""
-        asked: list[Address] = []
+        """The first loan that a peer can read, else the residuals themselves. Each peer, that of a second try too, gets what it can take.
+
+        Raises _ByHost for one that can read none, when there are no residuals, and _TooLarge.
+        """
+        asked: list[tuple[str, Address]] = []
 
         def encode(address: Address) -> bytes:
-            asked.append(address)
-            if loan is not None and address.node == self._node and address not in self._blind:
-                self.shared += 1
-                return _shared(request, loan)
-            self.inline += 1
-            return _inline(request, residuals, self._max_message_bytes)
+            for loan in loans:
+                if address.node == self._node and (loan.field, address) not in self._blind:
+                    asked.append((loan.field, address))
+                    self.sent[loan.field] += 1
+                    return request.SerializeToString() + loan.encoded()
+            if residuals is None:
+                raise _ByHost
+            asked.append(("", address))
+            self.sent["inline"] += 1
+            return request.SerializeToString() + _inline(residuals, self._max_message_bytes)
 
         while True:
             try:
                 return await self._call(encode, deadline)
             except InvalidRequest as error:
-                if error.field != "shared" or not asked or asked[-1] in self._blind:
+                if not asked or not error.field or error.field != asked[-1][0]:
                     raise
-                logger.warning("%s cannot read shared memory: residuals go to it in messages", asked[-1].target)
-                self._blind.add(asked[-1])
-            except _TooLarge:
-                return await self._halves(request, residuals, deadline)
+                logger.warning("%s cannot read `%s` residuals: they go to it another way", asked[-1][1].target, error.field)
+                self._blind.add(asked[-1])  # it is offered no more of them, so this ends
 
     async def _halves(
-        self, request: unet_pb2.DenoiseRequest, residuals: Residuals, deadline: Deadline
+        self, request: unet_pb2.DenoiseRequest, residuals: Sequence[Residuals], deadline: Deadline
     ) -> unet_pb2.DenoiseResponse:
         """The request's images in two calls."""
         middle = len(request.seeds) // 2
         answers = await asyncio.gather(
-            *(
-                self.send(_only(request, part), _rows(residuals, part), deadline)
-                for part in (slice(middle), slice(middle, None))
-            )
+            *(self.send(_only(request, part), residuals[part], deadline) for part in (slice(middle), slice(middle, None)))
         )
         latents = [tensors.decode(answer.latent, "latent") for answer in answers]
         return unet_pb2.DenoiseResponse(
@@ -122,16 +151,30 @@ def _lender(shared_bytes: int) -> Lender | None:
         return None
 
 
-def _shared(request: unet_pb2.DenoiseRequest, loan: Loan) -> bytes:
-    return request.SerializeToString() + unet_pb2.DenoiseRequest(shared=loan.message).SerializeToString()
+@contextlib.asynccontextmanager
+async def _lent(lender: Lends | None, residuals: Sequence[Residuals]) -> AsyncIterator[Loan | None]:
+    """A loan that holds them, None when there is no room. It ends with the context."""
+    shapes = [(len(residuals), *part.shape[1:]) for part in residuals[0].parts]
+    loan = lender.lend(shapes) if lender is not None else None
+    if loan is None:
+        yield None
+        return
+    writing = asyncio.create_task(asyncio.to_thread(loan.write, *residuals))
+    try:
+        await asyncio.shield(writing)
+        yield loan
+    finally:  # a caller that leaves does not stop the thread: its piece is nobody else's before it is done
+        writing.add_done_callback(lambda _: loan.end())
 
 
-def _inline(request: unet_pb2.DenoiseRequest, residuals: Residuals, limit: int) -> bytes:
+def _inline(residuals: Sequence[Residuals], limit: int) -> bytes:
     """Raises _TooLarge for several images that do not fit a message; of one, the receiver says so."""
-    if len(request.seeds) > 1 and sum(part.nbytes for part in residuals.parts) + _ROOM > limit:
+    nbytes = sum(part.nbytes for each in residuals for part in each.parts)
+    if len(residuals) > 1 and nbytes + _ROOM > limit:
         raise _TooLarge
-    parts = unet_pb2.InlineResiduals(parts=[tensors.encode(part) for part in residuals.parts])
-    return request.SerializeToString() + unet_pb2.DenoiseRequest(inline=parts).SerializeToString()
+    stacked = Residuals.stack(residuals, residuals[0])
+    parts = unet_pb2.InlineResiduals(parts=[tensors.encode(part) for part in stacked.parts])
+    return unet_pb2.DenoiseRequest(inline=parts).SerializeToString()
 
 
 def _only(request: unet_pb2.DenoiseRequest, part: slice) -> unet_pb2.DenoiseRequest:
@@ -146,8 +189,3 @@ def _only(request: unet_pb2.DenoiseRequest, part: slice) -> unet_pb2.DenoiseRequ
 def _seconds(times: Iterable[stage_pb2.StageTime]) -> float:
     """Waiting and computing together."""
     return sum(time.queue_seconds + time.compute_seconds for time in times)
-
-
-def _rows(residuals: Residuals, part: slice) -> Residuals:
-    """Of some of the images."""
-    return Residuals(tuple(each[part] for each in residuals.parts))

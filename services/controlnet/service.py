@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from sdxs.errors import InvalidRequest
 from sdxs.noise import MAX_IMAGES
-from sdxs.residuals import Residuals
 from sdxs.v1 import controlnet_pb2, unet_pb2
 from services.controlnet.sending import Sender
 from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
 from services.fabric.denoising import Facts, Guided, Image
+from services.fabric.peers import Stage
 from services.fabric.times import software, spent
 from services.settings import ServingSettings
 
@@ -53,22 +53,27 @@ class ControlNetService:
         conditions = await denoising.prepare(request.controls, self._controlnets, self._facts)
         del request.controls[:]
         if not conditions:
-            return await self._sender.send(request, None, deadline)
+            return await self._sender.send(request, [], deadline)
         images = [replace(image, conditions=conditions) for image in images]
         computed = await self._batcher.submit(images, request.deterministic, deadline)
         rows = [done.result.residuals for done in computed if done.result.residuals is not None]
-        response = await self._sender.send(request, Residuals.stack(rows, rows[0]), deadline)
+        response = await self._sender.send(request, rows, deadline)
         response.controlnet_batch = max(done.result.batch for done in computed)
         response.times.insert(0, spent("controlnet", computed, self._software))
         return response
 
     def _compute(self, images: Sequence[Image]) -> Sequence[Guided]:
-        """One forward pass of each ControlNet that is asked for."""
-        return denoising.guide(images, denoising.noise(images, self._facts), self._controlnets)
+        """One forward pass of each ControlNet that is asked for, to its end."""
+        noise_BCHW = denoising.noise(images, self._facts)
+        guided = denoising.guide(images, noise_BCHW, self._controlnets, keep=self._sender.on_device)
+        self._controlnets.finish()
+        return guided
 
 
-def load(folder: Path, model_digest: str, settings: ServingSettings, sender: Sender) -> ControlNetService:
-    """The service over the bundle in `folder`; imports torch."""
+def load(folder: Path, model_digest: str, settings: ServingSettings, unet: Stage, node: str) -> ControlNetService:
+    """The service over the bundle in `folder`, on Ray's node of that id, before these U-Nets; imports torch."""
     from sdxs.stages import ControlNets
+    from services.fabric.device_handover import lender_of
 
+    sender = Sender(unet, node, settings.handover_bytes, settings.max_message_bytes, lender_of(settings))
     return ControlNetService(ControlNets.from_bundle(folder, settings), sender, Facts.of(folder, model_digest), settings)

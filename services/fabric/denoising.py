@@ -146,8 +146,8 @@ def noise(images: Sequence[Image], facts: Facts) -> Array:
     return np.stack([latent_noise(image.seed, facts.latent_shape) for image in images])
 
 
-def guide(images: Sequence[Image], noise_BCHW: Array, controlnets: "ControlNets") -> list[Guided]:
-    """Run the ControlNets of a batch of images, those of the same ControlNet together.
+def guide(images: Sequence[Image], noise_BCHW: Array, controlnets: "ControlNets", keep: bool = False) -> list[Guided]:
+    """Run the ControlNets of a batch of images, those of the same ControlNet together; `keep`: on its device.
 
     The first use of a ControlNet by each image is one forward pass, the second use the next: an image alone has each of its controls
     computed alone, as the in-process pipeline does. Sums are in the order of an image's controls.
@@ -157,10 +157,11 @@ def guide(images: Sequence[Image], noise_BCHW: Array, controlnets: "ControlNets"
         names = [condition.name for condition in image.conditions]
         for place, name in enumerate(names):
             together[name, names[:place].count(name)].append((index, place))
+    run = controlnets.device_residuals if keep else controlnets.residuals
     found: dict[tuple[int, int], Guided] = {}
     for (name, _), uses in together.items():
         conditions = [images[index].conditions[place] for index, place in uses]
-        residuals = controlnets.residuals(
+        residuals = run(
             noise_BCHW[[index for index, _ in uses]],
             Prompts.stack([images[index].prompt for index, _ in uses]),
             np.stack([condition.map_HWC for condition in conditions]),

@@ -6,7 +6,6 @@ Stage messages are passed on as they came, without decoding them. Text embedding
 
 import logging
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from sdxs.v1 import decoder_pb2, stage_pb2, text_encoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.peers import Stage
 from services.fabric.wire import embed
+from services.gateway.cache import ByteCache
 from services.gateway.checks import Order
 
 logger = logging.getLogger(__name__)
@@ -23,38 +23,6 @@ _TEXT = unet_pb2.DenoiseRequest.TEXT_FIELD_NUMBER
 _LATENT = decoder_pb2.DecodeRequest.LATENT_FIELD_NUMBER
 _CALLERS = re.compile(r"prompt|init_image|strength|controls(\[\d+\](\.\w+)?)?")
 """Fields that the caller wrote; all others are made by us."""
-
-
-class PromptCache:
-    """Text embeddings of a gateway's bundles by digest and prompt. The least recently used go when they pass `max_bytes`."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.hits = self.misses = 0
-        """How often a prompt was there, or was not."""
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._encoded: OrderedDict[tuple[str, str], bytes] = OrderedDict()
-
-    def get(self, digest: str, prompt: str) -> bytes | None:
-        """The encoded EncodeResponse, if it is still there."""
-        key = digest, prompt
-        found = self._encoded.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._encoded.move_to_end(key)
-        return found
-
-    def put(self, digest: str, prompt: str, encoded: bytes) -> None:
-        """Keep it, unless it alone is too large."""
-        key = digest, prompt
-        if len(encoded) > self._max_bytes or key in self._encoded:
-            return
-        self._encoded[key] = encoded
-        self._bytes += len(encoded)
-        while self._bytes > self._max_bytes:
-            self._bytes -= len(self._encoded.popitem(last=False)[1])
 
 
 @dataclass(frozen=True)
@@ -69,7 +37,7 @@ class Chain:
     """The stages of one model. Without a `controlnet` stage controls go to the U-Net, which then hosts the ControlNets."""
 
     def __init__(
-        self, text_encoder: Stage, unet: Stage, decoder: Stage, cache: PromptCache, controlnet: Stage | None = None
+        self, text_encoder: Stage, unet: Stage, decoder: Stage, cache: ByteCache, controlnet: Stage | None = None
     ) -> None:
         self._text_encoder = text_encoder
         self._unet = unet
@@ -123,11 +91,11 @@ class Chain:
 
     async def _encode(self, digest: str, prompt: str, deadline: Deadline, times: list[stage_pb2.StageTime]) -> bytes:
         """An encoded EncodeResponse; what it took goes to `times`, unless it was there already."""
-        encoded = self._cache.get(digest, prompt)
+        encoded = self._cache.get((digest, prompt))
         if encoded is None:
             request = text_encoder_pb2.EncodeRequest(prompt=prompt).SerializeToString()
             encoded = await _call(self._text_encoder, "Encode", request, deadline)
-            self._cache.put(digest, prompt, encoded)
+            self._cache.put((digest, prompt), encoded)
             times.append(text_encoder_pb2.EncodeResponse.FromString(encoded).time)
         return encoded
 

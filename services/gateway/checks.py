@@ -139,6 +139,8 @@ def _controls(request: gateway_pb2.GenerateRequest, model: ServedModel) -> tuple
 
 def _control(asked: control_pb2.Control, field: str, model: ServedModel) -> control_pb2.Control:
     """One control with every choice made."""
+    if asked.image_uri:
+        raise InvalidRequest(f"{field}.image_uri", asked.image_uri, "none on a stream: send the image itself")
     if not asked.image:
         raise InvalidRequest(f"{field}.image", "0 bytes", "a PNG, JPEG or WebP file")
     chosen = control_pb2.Control()

@@ -12,9 +12,11 @@ from services.fabric.endpoint import Endpoint
 from services.fabric.models import Version
 from services.fabric.peers import PeerSet
 from services.fabric.replica import Replica
-from services.gateway.chain import Chain, PromptCache
+from services.gateway.cache import ByteCache
+from services.gateway.chain import Chain
 from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
+from services.gateway.inputs import open_inputs
 from services.gateway.keeper import Keeper
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.service import DESCRIPTOR, GatewayService
@@ -34,11 +36,11 @@ class GatewayReplica(Replica):
 
     async def __init__(self, room: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
-        cache = PromptCache(settings.prompt_cache_bytes)
+        cache = ByteCache(settings.prompt_cache_bytes)
         table = ModelTable(settings.max_image_bytes)
         self._room = room
         self._keeper = Keeper(table, functools.partial(open_version, cache=cache, settings=settings))
-        self._service = service = GatewayService(table, open_desk(settings), settings)
+        self._service = service = GatewayService(table, open_desk(settings), open_inputs(settings), settings)
         endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)
         limit = settings.gateway_max_message_bytes
         plane = await self.open(endpoint, settings.gateway_address, settings, "", limit)
@@ -76,7 +78,7 @@ class GatewayReplica(Replica):
         await self._keeper.close()
 
 
-async def open_version(version: Version, cache: PromptCache, settings: ServingSettings) -> Entry:
+async def open_version(version: Version, cache: ByteCache, settings: ServingSettings) -> Entry:
     """Channels to the replicas of a bundle, which need not be there yet. Handles are made here: Serve's own cache would give those that
     were closed when the same bundle was served before."""
     handles: list[Any] = [DeploymentHandle(stage, version.application) for stage in version.stages]

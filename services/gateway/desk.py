@@ -113,4 +113,4 @@ def open_desk(settings: ServingSettings) -> JobDesk | None:
     """The desk of the queue and the store the settings name; None without a queue."""
     if not settings.redis_url:
         return None
-    return JobDesk(open_queue(settings), lambda: open_store(settings), settings.url_ttl_s)
+    return JobDesk(open_queue(settings), lambda: open_store(settings, "artifacts"), settings.url_ttl_s)

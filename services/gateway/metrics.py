@@ -4,7 +4,7 @@ import asyncio
 
 from ray.util.metrics import Counter, Gauge
 
-from services.gateway.chain import PromptCache
+from services.gateway.cache import ByteCache
 from services.gateway.stream import Sessions
 
 _PAUSE_S = 1.0
@@ -13,7 +13,7 @@ _PAUSE_S = 1.0
 class GatewayMetrics:
     """Its sessions and its cache of prompts; Ray adds node and process."""
 
-    def __init__(self, sessions: Sessions, cache: PromptCache) -> None:
+    def __init__(self, sessions: Sessions, cache: ByteCache) -> None:
         self._sessions = sessions
         self._cache = cache
         self._told: dict[tuple[str, str], int] = {}

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from sdxs import control
 from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
@@ -15,6 +16,8 @@ from services.fabric.deadline import Deadline
 from services.fabric.times import products
 from services.gateway import checks
 from services.gateway.desk import JobDesk
+from services.gateway.inputs import Inputs
+from services.gateway.names import by_name
 from services.gateway.outbox import Send
 from services.gateway.stream import Sessions
 from services.gateway.table import ModelTable
@@ -28,12 +31,23 @@ _CHECKS_AT_ONCE = 8
 DESCRIPTOR = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"]
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """A request of a job."""
+
+    kept: gateway_pb2.GenerateRequest
+    """As it waits in the queue."""
+    asked: gateway_pb2.GenerateRequest
+    """What was asked for, however the images came: that it is the same job is told by it."""
+
+
 class GatewayService:
     """Serves the models of a table; without a desk jobs are refused."""
 
-    def __init__(self, models: ModelTable, desk: JobDesk | None, settings: ServingSettings) -> None:
+    def __init__(self, models: ModelTable, desk: JobDesk | None, inputs: Inputs, settings: ServingSettings) -> None:
         self._models = models
         self._desk = desk
+        self._inputs = inputs
         self._default_deadline_s = settings.default_deadline_s
         self._max_job_requests = settings.max_job_requests
         self.sessions = Sessions(models, settings)
@@ -51,8 +65,10 @@ class GatewayService:
     async def generate(self, request: gateway_pb2.GenerateRequest, deadline: Deadline) -> gateway_pb2.GenerateResponse:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
-        with self._models.take(request) as (order, chain):
-            made = await chain.run(order, checks.receipts(order), deadline.within(self._default_deadline_s))
+        deadline = deadline.within(self._default_deadline_s)
+        filled = await self._inputs.filled(request, deadline)
+        with self._models.take(filled) as (order, chain):
+            made = await chain.run(order, checks.receipts(order), deadline)
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
 
     async def stream(self, requests: AsyncIterator[stream_pb2.StreamRequest], send: Send, deadline: Deadline) -> None:
@@ -79,34 +95,47 @@ class GatewayService:
             for task in choosing:  # after a first refusal nobody asks about the others
                 task.cancel()
         order = gateway_pb2.SubmitJobRequest(priority=request.priority, webhook_url=request.webhook_url)
-        if request.requests:
-            order.requests.extend(chosen)
-        else:
-            order.request.CopyFrom(chosen[0])
         asked = gateway_pb2.SubmitJobRequest()
         asked.CopyFrom(request)
         asked.ClearField("request_id")
+        if request.requests:
+            order.requests.extend(each.kept for each in chosen)
+            del asked.requests[:]
+            asked.requests.extend(each.asked for each in chosen)
+        else:
+            order.request.CopyFrom(chosen[0].kept)
+            asked.request.CopyFrom(chosen[0].asked)
         return await desk.submit(job_id, asked.SerializeToString(deterministic=True), order, deadline.tenant)
 
     async def _choose(
         self, field: str, asked: gateway_pb2.GenerateRequest, gate: asyncio.Semaphore, deadline: Deadline
-    ) -> gateway_pb2.GenerateRequest:
-        """The request with the server's choices. Raises what `generate` would, the field's name after that of the request."""
+    ) -> "_Chosen":
+        """The request with the server's choices, its images in the store.
+
+        Raises what `generate` would, the field's name after that of the request.
+        """
         try:
             async with gate:
-                with self._models.take(asked) as (order, chain):
+                filled = await self._inputs.filled(asked, deadline)
+                with self._models.take(filled) as (order, chain):
                     files = checks.images(order)
                     await asyncio.gather(*(asyncio.to_thread(control.read_image, data, name) for name, data in files))
                     await chain.check_prompt(order, deadline)
+                kept = await self._inputs.kept(filled)
         except InvalidRequest as error:
             raise InvalidRequest(f"{field}.{error.field}", error.value, error.allowed) from None
         except NotFound as error:
             error.field = f"{field}.{error.field}"
             raise
-        chosen = gateway_pb2.GenerateRequest()
-        chosen.CopyFrom(asked)
-        chosen.model, chosen.seed = asked.model or order.model.name, order.seeds[0]  # who names a digest gets no other bundle
-        return chosen
+        kept.model, kept.seed = asked.model or order.model.name, order.seeds[0]  # who names a digest gets no other bundle
+        return _Chosen(kept, by_name(filled, above=0))
+
+    async def create_upload(
+        self, request: gateway_pb2.CreateUploadRequest, deadline: Deadline
+    ) -> gateway_pb2.CreateUploadResponse:
+        """Where to send an image, to name it afterwards. Raises InvalidRequest, PreconditionFailed."""
+        deadline.remaining()
+        return await self._inputs.create_upload(request)
 
     async def get_job(self, request: gateway_pb2.GetJobRequest, deadline: Deadline) -> gateway_pb2.GetJobResponse:
         """State, and URLs once there is something to fetch. Raises NotFound."""

@@ -1,8 +1,8 @@
-"""Residuals as they reach a U-Net replica: read from shared memory or from the message, and such as its network can add."""
+"""Residuals as they reach a U-Net replica: read on the device, from shared memory or from the message, and such as its network can add."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from sdxs.errors import InvalidRequest
 from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
 from services.fabric.handover import Borrower
+
+if TYPE_CHECKING:
+    from services.fabric.device_handover import DeviceBorrower
 
 Shape = tuple[int, int, int]
 
@@ -22,31 +25,46 @@ class Receiver:
 
     Args:
         shapes: of the residuals of one image, (C, h, w) each.
+        device: reads those that are on the device this U-Net computes on; None: they are refused.
     """
 
-    def __init__(self, shapes: Sequence[Shape]) -> None:
+    def __init__(self, shapes: Sequence[Shape], device: "DeviceBorrower | None" = None) -> None:
         self._shapes = shapes
-        self._borrower = Borrower()
+        self._borrower, self._device = Borrower(), device
 
     def close(self) -> None:
         """After the last call."""
         self._borrower.close()
+        if self._device is not None:
+            self._device.close()
 
     async def read(self, request: unet_pb2.DenoiseRequest) -> Sequence[Residuals | None]:
-        """For each image of the request. Raises InvalidRequest: field `shared` when they are in memory out of reach, else one below
-        `shared` or `inline`."""
+        """For each image of the request. Raises InvalidRequest: field `device` or `shared` when they are in memory out of reach, else one
+        below `device`, `shared` or `inline`."""
         which, count = request.WhichOneof("residuals"), len(request.seeds)
         if which is None:
             return [None] * count
+        if which == "device":
+            return (await self._copied(request.device, count)).rows()
         found = self._borrowed(request.shared, count) if which == "shared" else self._decoded(request.inline, count)
         await asyncio.to_thread(_check_numbers, found, "shared.shapes[{}]" if which == "shared" else "inline.parts[{}].data")
         return found.rows()
 
+    async def _copied(self, message: unet_pb2.DeviceResiduals, count: int) -> Residuals:
+        if self._device is None:
+            raise InvalidRequest("device", f"process {message.pid}", "none: this replica reads no device's memory")
+        self._check_shapes("device.shapes", message.shapes, count)
+        return await asyncio.to_thread(self._device.read, message)
+
     def _borrowed(self, message: unet_pb2.SharedResiduals, count: int) -> Residuals:
-        self._check_number("shared.shapes", len(message.shapes))
-        for i, shape in enumerate(message.shapes):
-            self._check_shape(f"shared.shapes[{i}]", tuple(shape.sizes), (count, *self._shapes[i]))
+        self._check_shapes("shared.shapes", message.shapes, count)
         return self._borrower.read(message)
+
+    def _check_shapes(self, field: str, shapes: Iterable[unet_pb2.Shape], count: int) -> None:
+        found = [tuple(shape.sizes) for shape in shapes]
+        self._check_number(field, len(found))
+        for i, shape in enumerate(found):
+            self._check_shape(f"{field}[{i}]", shape, (count, *self._shapes[i]))
 
     def _decoded(self, message: unet_pb2.InlineResiduals, count: int) -> Residuals:
         self._check_number("inline.parts", len(message.parts))
@@ -75,14 +93,13 @@ def _check_numbers(residuals: Residuals, field: str) -> None:
 
 
 def together(residuals: Sequence[Residuals | None], shapes: Sequence[Shape]) -> Residuals | None:
-    """Of the images of a batch, zeros for those without; None when none has any."""
-    if all(each is None for each in residuals):
+    """Of the images of a batch, zeros for those without; None when none has any. On the device when any of them is."""
+    given = [each for each in residuals if each is not None]
+    if not given:
         return None
-    zeros = Residuals(tuple(np.zeros((1, *shape), np.float32) for shape in shapes))
-    rows = [each or zeros for each in residuals]
-    return Residuals(
-        tuple(np.concatenate([np.broadcast_to(row.parts[i], (1, *shape)) for row in rows]) for i, shape in enumerate(shapes))
-    )
+    first = next((each for each in given if not each.on_host), given[0])
+    rows = [each and each.beside(first).spread(shapes) for each in residuals]
+    return Residuals.stack(rows, first.spread(shapes))
 
 
 def residual_shapes(network: Any, latent_shape: Shape) -> tuple[Shape, ...]:

@@ -40,11 +40,13 @@ class UNetService:
     """
 
     def __init__(self, unet: "UNet", facts: Facts, settings: ServingSettings, controlnets: "ControlNets | None" = None) -> None:
+        from services.fabric.device_handover import borrower_of  # here: it imports torch
+
         self._unet = unet
         self._facts = facts
         self._controlnets = controlnets
         self._shapes = residual_shapes(unet.network, facts.latent_shape)
-        self._receiver = Receiver(self._shapes)
+        self._receiver = Receiver(self._shapes, borrower_of(settings))
         self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
 

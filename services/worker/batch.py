@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from sdxs.errors import Cancelled, InvalidRequest, NotFound, PreconditionFailed, SdxsError, Unavailable
 from sdxs.v1 import gateway_pb2
 from services.fabric.jobs import Delivery, JobQueue
+from services.fabric.keys import RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ async def make_batch(
     async def make(index: int) -> None:
         async with gate:
             try:
-                item = await once(requests[index], f"jobs/{delivery.job_id}/{index}")
+                item = await once(requests[index], f"{RESULTS}{delivery.job_id}/{index}")
             except REFUSALS as error:
                 refused = job_error(error, f"requests[{index}].")
                 item = gateway_pb2.JobItem(state=gateway_pb2.JOB_STATE_FAILED, error=refused)

@@ -21,7 +21,7 @@ class WorkerReplica:
         self._gateways = replicas("sdxs.v1.GatewayService", gateway, "", patient)
         self._gateways.open()
         self._queue = open_queue(settings)
-        self._worker = Worker(self._queue, lambda: open_store(settings), self._generate, settings)
+        self._worker = Worker(self._queue, lambda: open_store(settings, "artifacts"), self._generate, settings)
         self._running = asyncio.create_task(self._worker.run())
         self._drain_s = settings.drain_s
 

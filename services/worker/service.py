@@ -23,8 +23,11 @@ from sdxs.store import ObjectStore
 from sdxs.v1 import decoder_pb2, gateway_pb2
 from services.fabric.deadline import Deadline, Priority
 from services.fabric.jobs import Delivery, JobQueue
+from services.fabric.keys import RESULTS
 from services.settings import ServingSettings
 from services.worker.batch import REFUSALS, AllRefused, job_error, make_batch
+from services.worker.facts import metadata_of
+from services.worker.sweep import Sweeper
 from services.worker.webhooks import Webhooks
 
 logger = logging.getLogger(__name__)
@@ -36,7 +39,7 @@ Generate = Callable[[bytes, Deadline], Awaitable[bytes]]
 
 
 class Worker:
-    """Up to `job_concurrency` jobs at a time from one queue, and the webhooks of ended ones."""
+    """Up to `job_concurrency` jobs at a time from one queue, the webhooks of ended ones, and the sweep of the store."""
 
     def __init__(
         self, queue: JobQueue, store: Callable[[], ObjectStore], generate: Generate, settings: ServingSettings
@@ -45,6 +48,7 @@ class Worker:
         self._store = functools.cache(store)
         self._generate = generate
         self._webhooks = Webhooks(queue, self._store)
+        self._sweeper = Sweeper(queue, self._store, settings)
         self._visibility_s = settings.job_visibility_s
         self._beat_s = min(1.0, settings.job_visibility_s / 4)  # a cancelled job is dropped at the next beat
         self._concurrency = settings.job_concurrency
@@ -54,7 +58,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop`."""
-        await asyncio.gather(*(self._work() for _ in range(self._concurrency)), self._webhooks.run())
+        await asyncio.gather(*(self._work() for _ in range(self._concurrency)), self._webhooks.run(), self._sweeper.run())
         try:
             await self._queue.leave(self._consumer)
         except RedisError as error:
@@ -64,6 +68,7 @@ class Worker:
         """End after the jobs in hand."""
         self._stopping = True
         self._webhooks.stop()
+        self._sweeper.stop()
 
     async def _work(self) -> None:
         """One job after the other; an outage of Redis is waited out."""
@@ -122,7 +127,7 @@ class Worker:
         once = functools.partial(self._once, delivery)
         if order.requests:
             return await make_batch(self._queue, delivery, order.requests, once, self._at_once)
-        made = await once(order.request, f"jobs/{delivery.job_id}")
+        made = await once(order.request, f"{RESULTS}{delivery.job_id}")
         return gateway_pb2.GetJobResponse(images=made.images, receipt=made.receipt)
 
     async def _once(self, delivery: Delivery, request: gateway_pb2.GenerateRequest, folder: str) -> gateway_pb2.JobItem:
@@ -144,11 +149,12 @@ class Worker:
         item = gateway_pb2.JobItem(state=gateway_pb2.JOB_STATE_SUCCEEDED, receipt=generated.receipt)
         for index, image in enumerate(generated.images):
             key = f"{folder}/{index}.{extension(image.format)}"
-            await asyncio.to_thread(self._put, key, image)
+            about = metadata_of(delivery.job_id, index, generated.receipt)
+            await asyncio.to_thread(self._put, key, image, about)
             sha256 = hashlib.sha256(image.data).hexdigest()
             item.images.add(key=key, format=image.format, size=len(image.data), sha256=sha256)
         return item
 
-    def _put(self, key: str, image: decoder_pb2.Image) -> None:
+    def _put(self, key: str, image: decoder_pb2.Image, about: dict[str, str]) -> None:
         """One image into the store."""
-        self._store().put_bytes(key, image.data, media_type(image.format))
+        self._store().put_bytes(key, image.data, media_type(image.format), about)

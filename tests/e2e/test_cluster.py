@@ -68,8 +68,8 @@ class Bench:
         return {name: [line[name] for line in lines] for name in LOSSES}
 
     def forget(self) -> None:
-        store = open_store(Settings())
-        for key in [*store.list(f"stages/{LAST}/"), *store.list(f"checkpoints/{LAST}-")]:
+        store = open_store(Settings(), "checkpoints")
+        for key in [*store.list(f"stages/{LAST}/"), *store.list(f"runs/{LAST}-")]:
             store.delete(key)
         shutil.rmtree(self.folder / "cache" / "artifacts" / "stages" / LAST, ignore_errors=True)
 

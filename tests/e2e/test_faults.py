@@ -74,8 +74,8 @@ class Bench:
 
     def forget(self) -> None:
         """Remove the last stage's result and checkpoints."""
-        store = open_store(Settings())
-        for key in [*store.list(f"stages/{LAST}/"), *store.list(f"checkpoints/{LAST}-")]:
+        store = open_store(Settings(), "checkpoints")
+        for key in [*store.list(f"stages/{LAST}/"), *store.list(f"runs/{LAST}-")]:
             store.delete(key)
         shutil.rmtree(self.folder / "cache" / "artifacts" / "stages" / LAST, ignore_errors=True)
 

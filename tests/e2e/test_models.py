@@ -73,7 +73,7 @@ def world(
         "SDXS_STORE_URL": "s3://sdxs/several",
         "SDXS_CACHE_DIR": str(folder / "cache"),
     }
-    store = open_store(Settings.model_validate({k.removeprefix("SDXS_").lower(): v for k, v in variables.items()}))
+    store = open_store(Settings.model_validate({k.removeprefix("SDXS_").lower(): v for k, v in variables.items()}), "models")
     digests = {name: registry.publish(place, store).digest for name, place in folders.items()}
     registry.promote("tiny", digests["first"], store)
     registry.promote("other", digests["other"], store)

@@ -87,7 +87,7 @@ def test_survives_the_death_of_a_worker_and_of_a_teacher(finished: Run) -> None:
 
 
 def test_the_curve_after_a_kill_has_every_step_once(finished: Run) -> None:
-    artifacts = Artifacts(open_store(finished.settings), finished.settings.cache_dir / "artifacts")
+    artifacts = Artifacts(open_store(finished.settings, "checkpoints"), finished.settings.cache_dir / "artifacts")
     for stage in ("warmup", "diff_instruct"):
         log = artifacts.fetch(stage, finished.first.digests[stage]) / "log.jsonl"
         steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]

@@ -39,19 +39,19 @@ def test_redis_keeps_its_data(tmp_path: Path) -> None:
 
 def test_s3_keeps_its_data_and_keys(tmp_path: Path) -> None:
     with embedded.s3_server(tmp_path) as first:
-        open_store(settings(first)).put_bytes("models/a", b"weights")
+        open_store(settings(first), "models").put_bytes("models/a", b"weights")
     assert (tmp_path / "credentials.json").stat().st_mode & 0o077 == 0
     with embedded.s3_server(tmp_path) as second:
         assert second["SDXS_S3_SECRET_KEY"] == first["SDXS_S3_SECRET_KEY"]
-        assert open_store(settings(second)).get_bytes("models/a") == b"weights"
+        assert open_store(settings(second), "models").get_bytes("models/a") == b"weights"
         with pytest.raises(PermissionDenied):
-            open_store(settings({**second, "SDXS_S3_ACCESS_KEY": "", "SDXS_S3_SECRET_KEY": ""}))
+            open_store(settings({**second, "SDXS_S3_ACCESS_KEY": "", "SDXS_S3_SECRET_KEY": ""}), "models").exists("models/a")
 
 
 def test_two_s3_servers_do_not_meet(s3_variables: dict[str, str], tmp_path: Path) -> None:
     with embedded.s3_server(tmp_path) as variables:
-        open_store(settings(variables)).put_bytes("only-here", b"")
-        assert not open_store(settings(s3_variables)).exists("only-here")
+        open_store(settings(variables), "models").put_bytes("only-here", b"")
+        assert not open_store(settings(s3_variables), "models").exists("only-here")
 
 
 USER = """
@@ -89,7 +89,7 @@ def test_missing_starts_what_is_not_named(tmp_path: Path) -> None:
     named = Settings(redis_url="redis://elsewhere:6379/0")
     with embedded.missing(named, tmp_path) as variables:
         assert "SDXS_REDIS_URL" not in variables
-        assert not open_store(settings(variables)).exists("k")
+        assert not open_store(settings(variables), "models").exists("k")
         with pytest.raises(AlreadyExists, match="in use"), embedded.missing(named, tmp_path):
             pass
     with embedded.missing(Settings(redis_url="redis://x", store_url="s3://x"), tmp_path) as variables:

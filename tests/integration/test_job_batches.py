@@ -43,7 +43,7 @@ async def test_each_request_of_a_batch_becomes_an_item(queue: JobQueue, tmp_path
     assert (job.state, job.progress.done, job.progress.total, job.progress.failed) == (SUCCEEDED, 3, 3, 0)
     for index, (item, prompt) in enumerate(zip(job.items, "abc", strict=True)):
         assert (item.state, item.receipt.seeds) == (SUCCEEDED, [1])
-        assert [image.key for image in item.images] == [f"jobs/batch/{index}/0.png"]
+        assert [image.key for image in item.images] == [f"results/batch/{index}/0.png"]
         assert FileStore(tmp_path).get_bytes(item.images[0].key) == PNG + prompt.encode()
     assert not job.images and not job.HasField("receipt")
     short = await queue.get("batch", whole=False)
@@ -55,7 +55,7 @@ async def test_a_batch_of_one_is_a_batch(queue: JobQueue, tmp_path: Path) -> Non
     await queue.submit("batch", b"", order)
     async with Working(queue, tmp_path):
         job = await ended(queue, "batch")
-    assert ([image.key for image in job.items[0].images], len(job.images)) == (["jobs/batch/0/0.png"], 0)
+    assert ([image.key for image in job.items[0].images], len(job.images)) == (["results/batch/0/0.png"], 0)
 
 
 async def test_one_refused_item_does_not_stop_the_others(queue: JobQueue, tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ async def test_a_dying_batch_makes_all_it_can_and_a_replay_the_rest(queue: JobQu
         job = await ended(queue, "batch")
     assert (job.state, job.progress.done, job.progress.failed) == (SUCCEEDED, 4, 0)
     assert sorted(failing.calls) == ["a", "b", "b", "b", "c", "d"]
-    assert [image.key for item in job.items for image in item.images] == [f"jobs/batch/{i}/0.png" for i in range(4)]
+    assert [image.key for item in job.items for image in item.images] == [f"results/batch/{i}/0.png" for i in range(4)]

@@ -31,6 +31,7 @@ from services.fabric.endpoint import Endpoint
 from services.fabric.jobs import JobQueue
 from services.fabric.server import DataPlane
 from services.gateway.desk import JobDesk
+from services.gateway.inputs import Inputs
 from services.gateway.service import DESCRIPTOR, GatewayService
 from services.jobs_cli import app
 from tests.jobs import REQUEST, Working, gateway, generated, settings, take
@@ -132,7 +133,8 @@ async def test_a_watcher_that_leaves_is_forgotten(queue: JobQueue, redis: "Redis
 async def test_a_server_that_stops_does_not_wait_for_watchers(queue: JobQueue, tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
     desk = JobDesk(queue, lambda: FileStore(tmp_path), 60)
-    service = GatewayService(table_of(), desk, queue.settings)
+    inputs = Inputs(lambda: FileStore(tmp_path), queue.settings)
+    service = GatewayService(table_of(), desk, inputs, queue.settings)
     plane = DataPlane(Endpoint(DESCRIPTOR, service, 8, 8), 1 << 20)
     await plane.start("127.0.0.1:0")
     await queue.submit("one", b"", REQUEST)

@@ -114,7 +114,7 @@ async def test_an_ended_job_is_told(opened: Opened, redis: "Redis", receiver: Re
         "batch": "JOB_STATE_SUCCEEDED",
         "cancelled": "JOB_STATE_CANCELLED",
     }
-    assert jobs["single"]["images"][0]["url"] == FileStore(tmp_path).presign_get("jobs/single/0.png", None)  # type: ignore[index, arg-type]
+    assert jobs["single"]["images"][0]["url"] == FileStore(tmp_path).presign_get("results/single/0.png", None)  # type: ignore[index, arg-type]
     assert [len(item["images"]) for item in jobs["batch"]["items"]] == [1, 1]  # type: ignore[attr-defined]
     assert {headers["webhook-id"] for headers, _ in receiver.calls} == {"single.1", "batch.1", "cancelled.1"}
 

@@ -30,8 +30,8 @@ async def test_a_job_becomes_an_object(queue: JobQueue, redis: "Redis", tmp_path
     async with Working(queue, tmp_path):
         job = await ended(queue, "one")
     assert job.state == gateway_pb2.JOB_STATE_SUCCEEDED
-    assert [image.key for image in job.images] == ["jobs/one/0.png"]
-    assert FileStore(tmp_path).get_bytes("jobs/one/0.png") == PNG + b"red apple"
+    assert [image.key for image in job.images] == ["results/one/0.png"]
+    assert FileStore(tmp_path).get_bytes("results/one/0.png") == PNG + b"red apple"
     assert (job.deliveries, job.receipt.seeds, job.images[0].size) == (1, [1], len(PNG) + 9)
     assert job.created.ToNanoseconds() < job.finished.ToNanoseconds()
     assert await queue.backlog() == 0

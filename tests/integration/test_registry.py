@@ -13,7 +13,7 @@ import pytest
 from sdxs import bundle, registry
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PreconditionFailed
 from sdxs.settings import Settings
-from sdxs.store import ObjectStore, open_store
+from sdxs.store import ObjectStore, open_store, open_url
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -30,7 +30,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def store(settings: Settings) -> ObjectStore:
-    return open_store(settings)
+    return open_store(settings, "models")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_what_cannot_be_promoted(store: ObjectStore, versions: list[Path]) -> No
 
 def test_without_its_manifest_a_bundle_does_not_exist(settings: Settings, store: ObjectStore, versions: list[Path]) -> None:
     manifest = registry.publish(versions[0], store)
-    store.delete(f"models/bundles/{manifest.digest.removeprefix('sha256:')}/bundle.json")
+    store.delete(f"bundles/{manifest.digest.removeprefix('sha256:')}/bundle.json")
     with pytest.raises(NotFound):
         registry.open_model(manifest.digest, settings)
     registry.publish(versions[0], store)  # an upload that broke off is completed
@@ -116,7 +116,7 @@ def test_changed_files_are_not_published(store: ObjectStore, versions: list[Path
 
 def test_a_store_that_lies_is_found_out(settings: Settings, store: ObjectStore, versions: list[Path]) -> None:
     manifest = registry.publish(versions[0], store)
-    prefix = f"models/bundles/{manifest.digest.removeprefix('sha256:')}"
+    prefix = f"bundles/{manifest.digest.removeprefix('sha256:')}"
     store.put_bytes(f"{prefix}/card.md", b"version X")  # a proper object, but not the sealed one
     with pytest.raises(CorruptArtifact, match=r"card\.md"):
         registry.open_model(manifest.digest, settings)
@@ -138,7 +138,7 @@ def test_a_damaged_cache_is_fetched_again(settings: Settings, store: ObjectStore
 def test_a_bundle_by_its_s3_address(s3_variables: dict[str, str], versions: list[Path], tmp_path: Path) -> None:
     values = {name.removeprefix("SDXS_").lower(): value for name, value in s3_variables.items()}
     settings = Settings.model_validate({**values, "cache_dir": tmp_path / "cache", "store_url": f"file://{tmp_path}"})
-    store = open_store(Settings.model_validate({**values, "store_url": "s3://sdxs/some/place"}))
+    store = open_url("s3://sdxs/some/place", Settings.model_validate(values))
     manifest = bundle.read(versions[1])
     for name in [*manifest.files, "bundle.json"]:
         store.put_file(name, versions[1] / name)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import urllib3
+from minio.commonconfig import ENABLED, Filter
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
 from sdxs.embedded import free_port
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PermissionDenied, PreconditionFailed, Unavailable
-from sdxs.settings import Settings
-from sdxs.store import FileStore, ObjectStore, open_store
+from sdxs.settings import Kind, Settings
+from sdxs.store import FileStore, ObjectStore, SignedRequest, Upload, open_store, open_url
 from sdxs.store.s3 import S3Store
+from sdxs.store.s3_client import connect
 
 MINUTE = timedelta(minutes=1)
 
@@ -35,7 +41,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
     else:
         variables = request.getfixturevalue("s3_variables")
         place = hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
-        yield open_store(s3_settings(variables, store_url=f"s3://sdxs/{place}"))
+        yield open_store(s3_settings(variables, store_url=f"s3://sdxs/{place}"), "artifacts")
 
 
 def test_what_is_written_is_read(store: ObjectStore, tmp_path: Path) -> None:
@@ -121,11 +127,13 @@ def test_presigned_url_reads_without_credentials(store: ObjectStore) -> None:
 def test_presigned_urls_lead_to_the_public_address(s3_variables: dict[str, str]) -> None:
     inside = s3_variables["SDXS_S3_ENDPOINT"]
     outside = inside.replace("127.0.0.1", "localhost")
-    plain = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public"))
-    public = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public", s3_public_url=f"http://{outside}/"))
+    plain = open_store(s3_settings(s3_variables, store_url="s3://sdxs/public"), "artifacts")
+    public = open_store(
+        s3_settings(s3_variables, store_url="s3://sdxs/public", s3_public_url=f"http://{outside}/"), "artifacts"
+    )
     public.put_if("picture.png", b"pixels", None)
     url = public.presign_get("picture.png", MINUTE)
-    assert url.startswith(f"http://{outside}/sdxs/public/picture.png?")
+    assert url.startswith(f"http://{outside}/sdxs-artifacts/public/picture.png?")
     with urllib.request.urlopen(url) as answer:
         assert answer.read() == b"pixels"
     moved = plain.presign_get("picture.png", MINUTE).replace(inside, outside)
@@ -151,7 +159,7 @@ def test_folder_store_keeps_keys_inside(tmp_path: Path, key: str) -> None:
 
 
 def test_s3_notices_changed_bytes(s3_variables: dict[str, str]) -> None:
-    store = open_store(s3_settings(s3_variables))
+    store = open_store(s3_settings(s3_variables), "models")
     assert isinstance(store, S3Store)
     wrong = {"x-amz-meta-sha256": hashlib.sha256(b"right").hexdigest()}
     import io
@@ -163,14 +171,137 @@ def test_s3_notices_changed_bytes(s3_variables: dict[str, str]) -> None:
 
 def test_s3_refuses_a_wrong_secret(s3_variables: dict[str, str]) -> None:
     with pytest.raises(PermissionDenied):
-        open_store(s3_settings(s3_variables, s3_secret_key="wrong"))
+        open_store(s3_settings(s3_variables, s3_secret_key="wrong"), "models").exists("k")
 
 
 def test_s3_that_is_not_there_is_unavailable(s3_variables: dict[str, str]) -> None:
     with pytest.raises(Unavailable):
-        open_store(s3_settings(s3_variables, s3_endpoint=f"127.0.0.1:{free_port()}"))
+        open_store(s3_settings(s3_variables, s3_endpoint=f"127.0.0.1:{free_port()}"), "models").exists("k")
 
 
 def test_unknown_scheme() -> None:
     with pytest.raises(InvalidRequest, match="store_url"):
-        open_store(Settings(store_url="ftp://x"))
+        open_store(Settings(store_url="ftp://x"), "models")
+
+
+FACTS = {"prompt": "red%20apple", "seed": "7"}
+
+
+def test_metadata_comes_back_and_goes_with_the_object(store: ObjectStore) -> None:
+    store.put_bytes("a/k.png", b"pixels", "image/png", FACTS)
+    stat = store.stat("a/k.png")
+    assert (stat.size, stat.content_type, {**FACTS, **stat.metadata}) == (6, "image/png", dict(stat.metadata))
+    assert abs((datetime.now(UTC) - stat.modified).total_seconds()) < 10
+    assert list(store.list("")) == ["a/k.png"]
+    store.put_bytes("a/k.png", b"other")
+    assert "prompt" not in store.stat("a/k.png").metadata
+    store.delete("a/k.png")
+    with pytest.raises(NotFound):
+        store.stat("a/k.png")
+
+
+def test_a_touched_object_is_young_and_else_the_same(store: ObjectStore) -> None:
+    store.put_bytes("k", b"pixels", "image/png", FACTS)
+    before = store.stat("k")
+    time.sleep(1.1)  # S3 tells seconds
+    store.touch("k")
+    after = store.stat("k")
+    assert after.modified > before.modified
+    assert (after.size, after.content_type, after.metadata) == (before.size, before.content_type, before.metadata)
+    assert store.get_bytes("k") == b"pixels"
+    with pytest.raises(NotFound):
+        store.touch("nothing")
+
+
+def test_entries_tell_size_and_time(store: ObjectStore) -> None:
+    store.put_bytes("a/1", b"1")
+    store.put_bytes("a/2", b"22")
+    store.put_bytes("b", b"")
+    found = list(store.entries("a/"))
+    assert [(entry.key, entry.size) for entry in found] == [("a/1", 1), ("a/2", 2)]
+    assert all(abs((datetime.now(UTC) - entry.modified).total_seconds()) < 10 for entry in found)
+
+
+def test_no_more_is_read_than_asked_for(store: ObjectStore) -> None:
+    store.put_bytes("k", b"12345")
+    assert store.get_bytes("k", at_most=5) == b"12345"
+    with pytest.raises(InvalidRequest, match="at most 4 bytes"):
+        store.get_bytes("k", at_most=4)
+
+
+def test_buckets_by_life_cycle(s3_variables: dict[str, str]) -> None:
+    settings = s3_settings(s3_variables, store_url="s3://cycles/a", artifacts_url="s3://elsewhere/b/c")
+    kinds: tuple[Kind, ...] = ("models", "checkpoints", "artifacts", "datasets")
+    for kind in kinds:
+        open_store(settings, kind).put_bytes("k", kind.encode())
+    places = ["s3://cycles-models/a", "s3://cycles-checkpoints/a", "s3://elsewhere/b/c", "s3://cycles-datasets/a"]
+    assert [open_url(place, settings).get_bytes("k").decode() for place in places] == list(kinds)
+
+
+def test_folders_by_life_cycle(tmp_path: Path) -> None:
+    settings = Settings(store_url=f"file://{tmp_path}/store", datasets_url=f"file://{tmp_path}/data")
+    open_store(settings, "models").put_bytes("bundles/a", b"1")
+    open_store(settings, "datasets").put_bytes("prompts/a", b"2")
+    assert (tmp_path / "store" / "models" / "bundles" / "a").read_bytes() == b"1"
+    assert (tmp_path / "data" / "prompts" / "a").read_bytes() == b"2"
+    with pytest.raises(InvalidRequest, match="models_url: got 'http://x'"):
+        open_store(Settings(models_url="http://x"), "models")
+
+
+def put(signed: SignedRequest, data: bytes, **changes: str) -> int:
+    headers = {**signed.headers, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    return int(urllib3.request(signed.method, signed.url, body=data, headers=headers, retries=False).status)
+
+
+def test_a_presigned_put_takes_its_file_alone(s3_variables: dict[str, str]) -> None:
+    store = open_store(s3_settings(s3_variables, store_url="s3://sdxs/uploads"), "artifacts")
+    data, other = b"\x89PNG right", b"\x89PNG wrong"
+    digest, wrong = hashlib.sha256(data).hexdigest(), hashlib.sha256(other)
+    signed = store.presign_put("inputs/k", Upload(digest, len(data), "image/png"), MINUTE)
+    assert put(signed, other) == 400  # the checksum is the signed one, and the server checks it
+    assert put(signed, other, x_amz_checksum_sha256=base64.b64encode(wrong.digest()).decode()) == 403
+    assert put(signed, data + b"more", content_length=str(len(data) + 4)) == 403
+    assert put(signed, data, content_type="text/html") == 403
+    assert put(signed, data, x_amz_acl="public-read") == 403  # nothing else may be said
+    assert not store.exists("inputs/k")
+    assert put(signed, data) == 200
+    assert store.get_bytes("inputs/k") == data
+    assert store.stat("inputs/k").content_type == "image/png"
+
+
+def test_presigned_urls_expire(s3_variables: dict[str, str]) -> None:
+    store = open_store(s3_settings(s3_variables, store_url="s3://sdxs/expiry"), "artifacts")
+    store.put_bytes("k", b"pixels")
+    reading = store.presign_get("k", timedelta(seconds=1))
+    writing = store.presign_put("k2", Upload(hashlib.sha256(b"x").hexdigest(), 1, "image/png"), timedelta(seconds=1))
+    assert urllib3.request("GET", reading, retries=False).status == 200
+    time.sleep(2.1)
+    assert urllib3.request("GET", reading, retries=False).status == 403
+    assert put(writing, b"x") == 403
+    assert not store.exists("k2")
+
+
+def test_a_folder_takes_no_uploads(tmp_path: Path) -> None:
+    with pytest.raises(PreconditionFailed, match="send the image in the request"):
+        FileStore(tmp_path).presign_put("k", Upload("0" * 64, 1, "image/png"), MINUTE)
+
+
+def test_lifecycle_rules_stand_beside_those_of_others(s3_variables: dict[str, str]) -> None:
+    settings = s3_settings(s3_variables, store_url="s3://ruled/here")
+    store = open_store(settings, "artifacts")
+    store.put_bytes("k", b"")
+    client, bucket = connect(settings), "ruled-artifacts"
+    theirs = Rule(ENABLED, rule_filter=Filter(prefix="theirs/"), rule_id="theirs", expiration=Expiration(days=1))
+    client.set_bucket_lifecycle(bucket, LifecycleConfig([theirs]))
+
+    def rules() -> dict[str | None, int | None]:
+        present = client.get_bucket_lifecycle(bucket)
+        return {rule.rule_filter.prefix: rule.expiration.days for rule in present.rules} if present else {}  # type: ignore[union-attr]
+
+    store.expire_after({"results/": 30, "inputs/": 7})
+    assert rules() == {"theirs/": 1, "here/results/": 30, "here/inputs/": 7}
+    store.expire_after({"results/": 31, "inputs/": 0})
+    assert rules() == {"theirs/": 1, "here/results/": 31}
+    client.delete_bucket_lifecycle(bucket)
+    store.expire_after({"results/": 0})
+    assert rules() == {}

@@ -87,7 +87,9 @@ def made(teacher: Path, tmp_path: Path) -> Path:
     bundle.seal(folder, "tiny", lineage=lineage, metrics={"heldout_top1": 0.5})
     warmed = tmp_path / "warmed"
     random_controlnet(folder / "unet", warmed / "controlnet", 3)
-    Artifacts(FileStore(tmp_path / "store"), tmp_path / "cache" / "artifacts").save("control_warmup", "w", warmed, {})
+    Artifacts(FileStore(tmp_path / "store" / "checkpoints"), tmp_path / "cache" / "artifacts").save(
+        "control_warmup", "w", warmed, {}
+    )
     return folder
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from sdxs.errors import InvalidRequest
 from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
-from services.fabric.handover import Borrower, Extents, Lender, _open
+from services.fabric.handover import Borrower, Lender, _open
+from services.fabric.lending import Extents
 
 SHAPES: list[tuple[int, ...]] = [(2, 3, 4, 5), (2, 1, 2, 2), (2, 7, 1, 1)]
 SIZE = 1 << 16
@@ -274,5 +275,5 @@ def test_what_was_lent_outlives_the_lender_where_it_is_read(borrower: Borrower) 
     views = borrower.read(loan.message)
     lender.close()
     np.testing.assert_array_equal(views.parts[1], numbers(SHAPES).parts[1])
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(FileNotFoundError):
         _open(loan.message)

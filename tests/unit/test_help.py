@@ -22,6 +22,7 @@ def help_of(*words: str) -> str:
 SUBCOMMANDS = {
     "models": ["list", "show", "publish", "promote", "rollback"],
     "data": ["check", "show"],
+    "artifacts": ["list", "show", "sweep", "upload"],
     "jobs": ["list", "show", "watch", "cancel", "dead list", "dead show", "dead replay"],
 }
 CALLS = [f"{command} {word}".strip() for command in COMMANDS for word in SUBCOMMANDS.get(command, [""])]

@@ -1,4 +1,4 @@
-"""How residuals leave the ControlNet's room: by shared memory, in messages, in parts; to U-Net rooms that say what they got."""
+"""How residuals leave the ControlNet's room: on the device, by shared memory, in messages, in parts; to rooms that say what they got."""
 
 import asyncio
 import threading
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from sdxs import tensors
 from sdxs.errors import InvalidRequest, Overloaded
@@ -13,7 +14,9 @@ from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
 from services.controlnet.sending import Sender
 from services.fabric.deadline import Deadline
-from services.fabric.handover import Borrower, Loan
+from services.fabric.device_handover import DeviceBorrower, DeviceLender
+from services.fabric.device_memory import HostMemory
+from services.fabric.handover import Borrower, SharedLoan
 from services.fabric.peers import Address, Payload
 
 HERE, THERE = "node a", "node b"
@@ -27,7 +30,7 @@ class UNet:
 
     ready = True
 
-    def __init__(self, *addresses: Address, blind: bool = False, limit: int = 1 << 30) -> None:
+    def __init__(self, *addresses: Address, blind: Sequence[str] = (), limit: int = 1 << 30) -> None:
         self.addresses, self.blind, self.limit = addresses, blind, limit
         self.seen: list[tuple[Address, str, tuple[int, ...]]] = []
         self.dead: set[Address] = set()
@@ -52,8 +55,8 @@ class UNet:
         self.reached.set()
         if self.hold is not None:
             await self.hold.wait()
-        if which == "shared" and self.blind:
-            raise InvalidRequest("shared", "process 1", "memory that can be read from here")
+        if which in self.blind:
+            raise InvalidRequest(which, "process 1", "memory that can be read from here")
         sums = self._sums(request)
         answer = unet_pb2.DenoiseResponse(latent=tensors.encode(sums), model_digest="d", batch=len(request.seeds))
         return answer.SerializeToString()
@@ -64,6 +67,10 @@ class UNet:
             borrower = Borrower()
             parts = borrower.read(request.shared).parts
             borrower.close()
+        elif request.HasField("device"):
+            copier = DeviceBorrower(HostMemory(), torch.float32)
+            parts = copier.read(request.device).host().parts
+            copier.close()
         elif request.HasField("inline"):
             parts = [tensors.decode(part, "part") for part in request.inline.parts]
         zero = np.zeros(len(request.seeds), np.float32)
@@ -81,7 +88,8 @@ def expected(sent: Residuals) -> list[float]:
 
 async def send(sender: Sender, sent: Residuals | None, seeds: Sequence[int] = SEEDS) -> unet_pb2.DenoiseResponse:
     async with asyncio.timeout(10):
-        return await sender.send(unet_pb2.DenoiseRequest(seeds=seeds, strength=0.5), sent, Deadline())
+        rows = sent.rows() if sent is not None else []
+        return await sender.send(unet_pb2.DenoiseRequest(seeds=seeds, strength=0.5), rows, Deadline())
 
 
 def sums(answer: unet_pb2.DenoiseResponse) -> list[float]:
@@ -110,7 +118,7 @@ async def test_residuals_go_the_fastest_way_there_is(address: Address, size: int
     sent = residuals()
     answer = await send(sender, sent)
     assert unet.seen == [(address, way, (7, 8))]
-    assert (sender.shared, sender.inline) == ((1, 0) if way == "shared" else (0, 1))
+    assert sender.sent == {way: 1}
     assert sums(answer) == pytest.approx(expected(sent), abs=1e-4)
     if size:
         await returned(sender, size)
@@ -121,17 +129,34 @@ async def test_a_request_without_residuals_passes_as_it_is() -> None:
     unet = UNet(NEAR)
     sender = Sender(unet, HERE, 1 << 16, 1 << 30)
     assert sums(await send(sender, None)) == [0, 0]
-    assert (unet.seen, sender.shared, sender.inline) == ([(NEAR, "none", (7, 8))], 0, 0)
+    assert (unet.seen, sender.sent) == ([(NEAR, "none", (7, 8))], {})
     sender.close()
 
 
 async def test_who_cannot_read_shared_memory_is_sent_messages_from_then_on() -> None:
-    unet = UNet(NEAR, blind=True)
+    unet = UNet(NEAR, blind=["shared"])
     sender = Sender(unet, HERE, 1 << 16, 1 << 30)
     sent = residuals()
     for _ in range(2):
         assert sums(await send(sender, sent)) == pytest.approx(expected(sent), abs=1e-4)
     assert [way for _, way, _ in unet.seen] == ["shared", "inline", "inline"]
+    await returned(sender)
+    sender.close()
+
+
+async def test_requests_that_are_refused_together_all_find_another_way() -> None:
+    """The first refusal tells the sender, those that were on their way meanwhile do not fail for it."""
+    unet = UNet(NEAR, blind=["shared"])
+    unet.hold = asyncio.Event()
+    sender = Sender(unet, HERE, 1 << 16, 1 << 30)
+    sent = residuals()
+    calls = [asyncio.create_task(send(sender, sent)) for _ in range(4)]
+    while len(unet.seen) < 4:  # noqa: ASYNC110 - the fourth of four
+        await asyncio.sleep(0.01)
+    unet.hold.set()
+    for answer in await asyncio.gather(*calls):
+        assert sums(answer) == pytest.approx(expected(sent), abs=1e-4)
+    assert sender.sent == {"shared": 4, "inline": 4}
     await returned(sender)
     sender.close()
 
@@ -202,14 +227,14 @@ async def test_a_caller_who_leaves_while_the_unet_computes_gives_the_loan_back()
 async def test_a_loan_is_nobody_elses_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller leaves while the copy is being made: its thread goes on, so the piece is kept until it has ended."""
     begun, go_on = threading.Event(), threading.Event()
-    write = Loan.write
+    write = SharedLoan.write
 
-    def slowly(loan: Loan, sent: Residuals) -> None:
+    def slowly(loan: SharedLoan, *sent: Residuals) -> None:
         begun.set()
         assert go_on.wait(10)
-        write(loan, sent)
+        write(loan, *sent)
 
-    monkeypatch.setattr(Loan, "write", slowly)
+    monkeypatch.setattr(SharedLoan, "write", slowly)
     unet = UNet(NEAR)
     sender = Sender(unet, HERE, 1 << 16, 1 << 30)
     calling = asyncio.create_task(send(sender, residuals()))
@@ -234,6 +259,109 @@ async def test_many_at_once_do_not_write_over_each_other() -> None:
     answers = await asyncio.gather(*(send(sender, each) for each in many))
     for answer, sent in zip(answers, many, strict=True):
         assert sums(answer) == pytest.approx(expected(sent), abs=1e-4)
-    assert sender.shared > 0 and sender.inline > 0 and sender.shared + sender.inline == 40
+    assert sender.sent["shared"] > 0 and sender.sent["inline"] > 0 and sender.sent.total() == 40
     await returned(sender, 4096)
+    sender.close()
+
+
+# Residuals that are on a device; the host's memory stands in for it.
+
+
+def on_device(sent: Residuals) -> Residuals:
+    return Residuals(tuple(map(torch.from_numpy, sent.parts)))
+
+
+@pytest.fixture
+def lender() -> DeviceLender:
+    return DeviceLender(HostMemory(), torch.float32, 4096)
+
+
+async def all_returned(lender: DeviceLender) -> None:
+    async with asyncio.timeout(5):
+        while lender._extents._free != [(0, 4096)]:  # noqa: ASYNC110 - given back by a callback
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "blind", "ways"),
+    [
+        ([NEAR], [], ["device", "device"]),
+        ([NEAR], ["device"], ["device", "shared", "shared"]),
+        ([NEAR], ["device", "shared"], ["device", "shared", "inline", "inline"]),
+        ([FAR], [], ["inline", "inline"]),
+    ],
+    ids=["it can", "it cannot", "it can read no memory", "another node"],
+)
+async def test_residuals_on_a_device_go_the_fastest_way_there_is(
+    lender: DeviceLender, addresses: list[Address], blind: list[str], ways: list[str]
+) -> None:
+    unet = UNet(*addresses, blind=blind)
+    sender = Sender(unet, HERE, 1 << 16, 1 << 30, lender)
+    sent = residuals()
+    for _ in range(2):
+        assert sums(await send(sender, on_device(sent))) == pytest.approx(expected(sent), abs=1e-4)
+        await returned(sender)
+        await all_returned(lender)
+    assert [way for _, way, _ in unet.seen] == ways
+    assert sender.sent.total() == len(ways)
+    sender.close()
+
+
+async def test_what_the_device_has_no_room_for_goes_by_the_host(lender: DeviceLender) -> None:
+    unet = UNet(NEAR)
+    sender = Sender(unet, HERE, 1 << 16, 1 << 30, lender)
+    large = Residuals((np.ones((2, 600, 1, 1), np.float32),))
+    assert sums(await send(sender, on_device(large))) == [600, 600]
+    assert sender.sent == {"shared": 1}
+    assert sums(await send(sender, residuals())) == pytest.approx(expected(residuals()), abs=1e-4)
+    assert sender.sent == {"shared": 2}, "those on the host do not go to the device"
+    sender.close()
+
+
+async def test_a_second_try_elsewhere_gets_what_is_on_the_device_by_the_host(lender: DeviceLender) -> None:
+    unet = UNet(NEAR, FAR)
+    unet.dead = {NEAR}
+    sender = Sender(unet, HERE, 1 << 16, 1 << 30, lender)
+    sent = residuals()
+    assert sums(await send(sender, on_device(sent))) == pytest.approx(expected(sent), abs=1e-4)
+    assert unet.seen == [(FAR, "inline", (7, 8))]
+    sender.close()
+
+
+async def test_what_is_on_a_device_and_too_large_for_a_message_goes_in_halves(lender: DeviceLender) -> None:
+    sent = residuals(4)
+    limit = (1 << 20) + 2 * sum(part[:1].nbytes for part in sent.parts)
+    unet = UNet(FAR, limit=limit)
+    sender = Sender(unet, HERE, 1 << 16, limit, lender)
+    assert sums(await send(sender, on_device(sent), [1, 2, 3, 4])) == pytest.approx(expected(sent), abs=1e-4)
+    assert sorted(seeds for _, _, seeds in unet.seen) == [(1, 2), (3, 4)]
+    await all_returned(lender)
+    sender.close()
+
+
+async def test_many_at_once_on_a_device_do_not_write_over_each_other(lender: DeviceLender) -> None:
+    unet = UNet(NEAR)
+    sender = Sender(unet, HERE, 4096, 1 << 30, lender)
+    rng = np.random.default_rng(5)
+    many = [Residuals(tuple(rng.standard_normal(shape, np.float32) for shape in SHAPES)) for _ in range(40)]
+    answers = await asyncio.gather(*(send(sender, on_device(each)) for each in many))
+    for answer, sent in zip(answers, many, strict=True):
+        assert sums(answer) == pytest.approx(expected(sent), abs=1e-4)
+    assert sender.sent["device"] > 0 and sender.sent.total() == 40
+    await returned(sender, 4096)
+    await all_returned(lender)
+    sender.close()
+
+
+async def test_a_caller_who_leaves_gives_the_devices_memory_back(lender: DeviceLender) -> None:
+    unet = UNet(NEAR)
+    unet.hold = asyncio.Event()
+    sender = Sender(unet, HERE, 1 << 16, 1 << 30, lender)
+    calling = asyncio.create_task(send(sender, on_device(residuals())))
+    await unet.reached.wait()
+    assert lender._extents._free != [(0, 4096)]
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    await all_returned(lender)
     sender.close()

@@ -18,7 +18,8 @@ from services.fabric.deadline import Deadline
 from services.fabric.models import ServedModel
 from services.fabric.peers import Payload
 from services.fabric.scaling import follow_load
-from services.gateway.chain import Chain, PromptCache
+from services.gateway.cache import ByteCache
+from services.gateway.chain import Chain
 from services.gateway.checks import Order, UnknownModel
 from services.gateway.health import keep_health
 
@@ -46,15 +47,15 @@ def test_workers_follow_the_one_queue_they_share(queued: list[float], wanted: in
 
 
 def test_the_prompt_cache_keeps_what_was_used_last() -> None:
-    cache = PromptCache(max_bytes=10)
-    cache.put("one", "a", b"1234")
-    cache.put("one", "b", b"1234")
-    assert cache.get("one", "a") == b"1234"
-    cache.put("two", "a", b"abcd")
-    assert [cache.get("one", "a"), cache.get("one", "b"), cache.get("two", "a")] == [b"1234", None, b"abcd"]
-    cache.put("one", "huge", b"x" * 11)
-    assert cache.get("one", "huge") is None
-    assert cache.get("one", "a") == b"1234"
+    cache = ByteCache(max_bytes=10)
+    cache.put(("one", "a"), b"1234")
+    cache.put(("one", "b"), b"1234")
+    assert cache.get(("one", "a")) == b"1234"
+    cache.put(("two", "a"), b"abcd")
+    assert [cache.get(("one", "a")), cache.get(("one", "b")), cache.get(("two", "a"))] == [b"1234", None, b"abcd"]
+    cache.put(("one", "huge"), b"x" * 11)
+    assert cache.get(("one", "huge")) is None
+    assert cache.get(("one", "a")) == b"1234"
 
 
 @dataclass
@@ -96,7 +97,7 @@ async def test_what_a_stage_refuses_is_the_callers_fault_only_if_the_caller_wrot
     stage = Refusing(name, field)
     order = replace(ORDER, init_image=b"an image")
     with pytest.raises(kind) as caught:
-        await Chain(stage, stage, stage, PromptCache(0)).run(order, [""], Deadline())
+        await Chain(stage, stage, stage, ByteCache(0)).run(order, [""], Deadline())
     assert caught.value.field == (field if kind is InvalidRequest else "")
 
 
@@ -121,7 +122,7 @@ class Recording:
 async def test_only_requests_with_controls_pass_by_the_controlnet(controls: bool, own_room: bool, way: str) -> None:
     log: list[tuple[str, str, bytes]] = []
     text, unet, decoder, controlnet = (Recording(name, log) for name in ("text", "unet", "decoder", "controlnet"))
-    chain = Chain(text, unet, decoder, PromptCache(0), *([controlnet] if own_room else []))
+    chain = Chain(text, unet, decoder, ByteCache(0), *([controlnet] if own_room else []))
     asked = (control_pb2.Control(image=b"an image", controlnet="lines"),) if controls else ()
     await chain.run(replace(ORDER, controls=asked), [""], Deadline())
     assert [(name, rpc) for name, rpc, _ in log] == [("text", "Encode"), (way, "Denoise"), ("decoder", "Decode")]

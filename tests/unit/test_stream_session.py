@@ -450,7 +450,7 @@ async def _check(actions: list[str], in_flight: int) -> None:
 async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.util import metrics
 
-    from services.gateway.chain import PromptCache
+    from services.gateway.cache import ByteCache
     from services.gateway.metrics import GatewayMetrics
 
     told: list[tuple[str, float, str]] = []
@@ -461,7 +461,7 @@ async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(metrics.Counter, "inc", count)
     steps = Steps()
     sessions = sessions_of(steps)
-    cache = PromptCache(100)
+    cache = ByteCache(100)
     published = GatewayMetrics(sessions, cache)
     async with calling(sessions) as caller:
         await caller.say(frame(1), frame(2), frame(3), frame(4, prompt=" "))

@@ -61,6 +61,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc]
             access_key=settings.s3_access_key,
             secret_key=settings.s3_secret_key.get_secret_value(),
             region=settings.s3_region,
+            allow_bucket_creation=True,  # for the first checkpoint of all
             retry_strategy=AwsStandardS3RetryStrategy(max_attempts=attempts),
         )
 

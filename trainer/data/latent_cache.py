@@ -1,7 +1,7 @@
 """Latents of captioned images, each encoded once: kept by the sha256 of the image's file under the digest of what encodes it.
 
-In the store, below encoded/<digest>: shards/<name>.safetensors with up to SHARD_ROWS rows, shards/<name>.sha256 with their keys, and
-sets/<listing>.arrow, what a listing of files held, so that an unchanged data set is not even read again.
+In the store of data sets, below encoded/<digest>: shards/<name>.safetensors with up to SHARD_ROWS rows, shards/<name>.sha256 with
+their keys, and sets/<listing>.arrow, what a listing of files held, so that an unchanged data set is not even read again.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def cached_latents(
         NotFound, InvalidRequest: as `read_images`; InvalidRequest too where there is no image at all.
     """
     files = find(section.images, settings, FIELD)
-    with _Cache(open_store(settings), settings.cache_dir, digest([LAYOUT, key, section.size])) as cache:
+    with _Cache(open_store(settings, "datasets"), settings.cache_dir, digest([LAYOUT, key, section.size])) as cache:
         listing = digest([files.listing(), section.format, section.column])
         rows = cache.read_set(listing)
         if rows is None:

@@ -1,7 +1,7 @@
 """Prompts of one's own: read once into a table that is addressed by its content, then looked up by number.
 
 A table is a folder of Arrow IPC files, uncompressed, so that it is mapped into memory rather than read: a million prompts cost pages
-of the file, not Python strings. It lies in the object store under datasets/<digest>; datasets/sources/ remembers which listing of
+of the file, not Python strings. It lies in the store of data sets under prompts/<digest>; sources/ remembers which listing of
 files gave which table.
 """
 
@@ -43,7 +43,7 @@ _SPLITS: tuple[Split, Split] = ("train", "heldout")
 
 
 class Datasets(Artifacts):
-    """Artifacts outside of any stage."""
+    """Artifacts outside of any stage, in the store of data sets."""
 
     @staticmethod
     def prefix(stage: str, digest: str) -> str:
@@ -99,17 +99,17 @@ def open_prompts(section: DataSection, settings: Settings) -> PromptTable:
         InvalidRequest: the format is not clear, a row is wrong (names file and row), or there are too few prompts.
     """
     files = find(section.prompts, settings, FIELD)
-    datasets = Datasets(open_store(settings), settings.cache_dir / "artifacts")
-    known = f"datasets/sources/{digest([LAYOUT, section.format, section.column, section.heldout, files.listing()])}.json"
+    datasets = Datasets(open_store(settings, "datasets"), settings.cache_dir / "artifacts")
+    known = f"sources/{digest([LAYOUT, section.format, section.column, section.heldout, files.listing()])}.json"
     if datasets.store.exists(known):
-        return PromptTable(datasets.fetch("datasets", json.loads(datasets.store.get_bytes(known))["digest"]))
+        return PromptTable(datasets.fetch("prompts", json.loads(datasets.store.get_bytes(known))["digest"]))
     datasets.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=datasets.cache, prefix=".prompts-") as scratch:
         facts = build(section, files, Path(scratch))
-        if datasets.facts("datasets", facts["digest"]) is None:
-            datasets.save("datasets", facts["digest"], Path(scratch), facts)
+        if datasets.facts("prompts", facts["digest"]) is None:
+            datasets.save("prompts", facts["digest"], Path(scratch), facts)
     datasets.store.put_bytes(known, json.dumps({"digest": facts["digest"], "source": section.prompts}).encode())
-    return PromptTable(datasets.fetch("datasets", facts["digest"]))
+    return PromptTable(datasets.fetch("prompts", facts["digest"]))
 
 
 def look(section: DataSection, settings: Settings) -> None:
@@ -135,7 +135,9 @@ def look(section: DataSection, settings: Settings) -> None:
 
 def fetch_prompts(table_digest: str, settings: Settings) -> PromptTable:
     """A table that was read before, on any machine. Raises KeyError when there is none of this digest."""
-    return PromptTable(Datasets(open_store(settings), settings.cache_dir / "artifacts").fetch("datasets", table_digest))
+    return PromptTable(
+        Datasets(open_store(settings, "datasets"), settings.cache_dir / "artifacts").fetch("prompts", table_digest)
+    )
 
 
 def build(section: DataSection, files: Files, folder: Path) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def rehearse(recipe: Recipe, folder: Path, tell: Tell) -> np.ndarray:
     """Run a recipe small, in this process, under `folder`. Returns an image of its result, uint8 (H, W, 3); of a ControlNet's one that
     follows a control image."""
     small = small_recipe(recipe, folder)
-    settings = Settings(store_url=f"file://{folder}/store", cache_dir=folder / "cache")
+    elsewhere = dict.fromkeys(("models_url", "checkpoints_url", "artifacts_url", "datasets_url"), "")
+    settings = Settings(store_url=f"file://{folder}/store", cache_dir=folder / "cache", **elsewhere)
     with environment(settings.environment()):
         run = Distillation(small, settings, Cluster(teachers=0), lambda *_: None)
         plan = run.plan()
