@@ -84,12 +84,12 @@ def _find_models(references: Sequence[str], before: ServingSettings) -> None:
     """In the store that the caller named, where bundles are published; else in the embedded one. A missing model ends it here."""
     try:
         for reference in references:
-            registry.read_manifest(reference, before.models)
+            registry.read_manifest(reference, before)
     except NotFound:
         for reference in references:
-            registry.read_manifest(reference, ServingSettings().models)
+            registry.read_manifest(reference, ServingSettings())
     else:
-        os.environ["SDXS_MODELS_URL"] = before.models.store_url
+        os.environ["SDXS_MODELS_URL"] = before.place("models")
 
 
 def _run_local(args: "AppArgs", settings: ServingSettings, stop: threading.Event, began: float) -> None:

@@ -142,7 +142,7 @@ def _close(rooms: Sequence[StageService]) -> None:
 
 def _load(version: Version, settings: ServingSettings, fused: bool) -> _Room:
     """A bundle's rooms and their stages: text encoder, U-Net, decoder, and the ControlNets' if it has any."""
-    folder, manifest = registry.open_model(version.source, settings.models)
+    folder, manifest = registry.open_model(version.source, settings)
     digest, has_controlnets = manifest.digest, bool(manifest.controlnets)
     rooms: list[StageService] = [
         text_encoder.load(folder, digest, settings),

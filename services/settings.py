@@ -23,8 +23,6 @@ class ServingSettings(Settings):
     """How long a call waits for a replica to appear."""
     refresh_s: float = 5.0
     """How often replicas' addresses are asked for while nothing is wrong."""
-    models_url: str = ""
-    """Store of the bundles and names that are served, as store_url; empty: store_url."""
     models_watch_s: float = Field(2.0, gt=0)
     """How often it is asked where the names of the served models point."""
     drain_s: float = 10.0
@@ -115,11 +113,6 @@ class ServingSettings(Settings):
     """After the first failed call; doubles with each, up to an hour."""
     webhook_concurrency: int = 4
     """Calls of one worker at a time."""
-
-    @property
-    def models(self) -> "ServingSettings":
-        """The same, for `sdxs.registry`: with the store that has the models."""
-        return self.model_copy(update={"store_url": self.models_url}) if self.models_url else self
 
     @field_validator("webhook_secret")
     @classmethod

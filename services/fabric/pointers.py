@@ -58,7 +58,7 @@ class Pointer:
         self.found: Found | None = None
         self.error = ""
         """Why what it means now was not found; `found` stays what it was."""
-        self._settings = settings.models
+        self._settings = settings
         self._failed = ""
         self._pause = Pause()
 
@@ -134,9 +134,9 @@ def open_all(references: Sequence[str], settings: ServingSettings) -> list[Found
     """The bundle of each. Raises what `registry.open_model` does, and AlreadyExists for two of one name."""
     found: list[Found] = []
     for reference in references:
-        pins = registry.pins(reference, settings.models)
+        pins = registry.pins(reference, settings)
         source = pins[0] if pins else reference
-        manifest = registry.open_model(source, settings.models)[1]
+        manifest = registry.open_model(source, settings)[1]
         for before, known in zip(references, found, strict=False):
             if known.manifest.name == manifest.name:
                 raise AlreadyExists(served_twice(manifest.name, before, reference))

@@ -97,7 +97,7 @@ class StageReplica(Replica):
         if not settings.torch_device:  # others' GPUs may be visible too
             settings = settings.model_copy(update={"torch_device": granted_device()})
         gc.disable()  # importing torch makes millions of objects that stay: collecting among them is a tenth of the start
-        folder, manifest = await asyncio.to_thread(registry.open_model, model, settings.models)
+        folder, manifest = await asyncio.to_thread(registry.open_model, model, settings)
         if manifest.digest != model_digest:
             raise CorruptArtifact(f"{model} is {manifest.digest}, and was {model_digest} when its replicas were asked for")
         self._service = service = await asyncio.to_thread(self.load, folder, manifest.digest, settings)

@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from services.fabric.discovery import replicas
 from services.fabric.endpoint import Endpoint
-from services.fabric.models import Version
+from services.fabric.models import Plan, Version
 from services.fabric.peers import PeerSet
 from services.fabric.replica import Replica
 from services.gateway.cache import ByteCache
@@ -56,11 +56,12 @@ class GatewayReplica(Replica):
         while True:
             try:
                 async with asyncio.timeout(_ANSWER_S):
-                    plan = await self._room.follow.remote(self._keeper.report())
+                    plan: Plan | None = await self._room.follow.remote(self._keeper.report())
             except Exception as error:
                 logger.warning("the control room does not answer: %r", error)
             else:
-                self._keeper.follow(plan)
+                if plan is not None:  # one that has just begun knows none yet
+                    self._keeper.follow(plan)
             await asyncio.sleep(_ASK_S)
 
     def check_health(self) -> None:

@@ -141,9 +141,9 @@ class ControlRoom:
         running = {name for name, status in self._applications.statuses().items() if status.running}
         if line.version.application in running or not running:
             return None
-        for source in registry.pins(line.pointer.reference, self._settings.models)[1:]:
+        for source in registry.pins(line.pointer.reference, self._settings)[1:]:
             try:
-                manifest = registry.read_manifest(source, self._settings.models)
+                manifest = registry.read_manifest(source, self._settings)
             except SdxsError as error:
                 logger.warning("%s: %s", source, error)
                 continue

@@ -475,9 +475,9 @@ async def test_what_became_of_frames_is_published_once(monkeypatch: pytest.Monke
         published.tell()
         assert told == []
         await caller.say(frame(5))
-        assert cache.get("sha256:0", "red apple") is None
-        cache.put("sha256:0", "red apple", b"embedding")
-        assert [cache.get("sha256:0", prompt) for prompt in ("red apple", "red apple", "pear")] == [
+        assert cache.get(("sha256:0", "red apple")) is None
+        cache.put(("sha256:0", "red apple"), b"embedding")
+        assert [cache.get(("sha256:0", prompt)) for prompt in ("red apple", "red apple", "pear")] == [
             b"embedding",
             b"embedding",
             None,
