@@ -216,6 +216,7 @@ def test_promoted_and_rolled_back_under_load_without_an_error(world: World, clie
     assert len(seen.unary) > 100 and len(seen.frames) > 50
 
 
+@pytest.mark.slow
 def test_a_bundle_that_cannot_start_changes_nothing(world: World, client: Client) -> None:
     with traffic(world) as seen:
         world.promote("broken")
@@ -229,6 +230,7 @@ def test_a_bundle_that_cannot_start_changes_nothing(world: World, client: Client
     assert {digest for digest, _ in seen.unary} == {world.digests["first"]} == set(seen.jobs)
 
 
+@pytest.mark.slow
 def test_a_killed_control_room_goes_on_with_the_switch(world: World, client: Client) -> None:
     with traffic(world) as seen:
         world.promote("second")
@@ -240,6 +242,7 @@ def test_a_killed_control_room_goes_on_with_the_switch(world: World, client: Cli
     assert in_turn(seen.jobs) == [world.digests["first"], world.digests["second"]]
 
 
+@pytest.mark.slow
 def test_a_killed_gateway_serves_what_stands_and_then_what_is_new(world: World, client: Client) -> None:
     world.rollback()
     wait(lambda: bool(world.stages("first")), 60, "nothing starts")
@@ -259,6 +262,7 @@ def test_a_killed_gateway_serves_what_stands_and_then_what_is_new(world: World, 
     wait_serving(world, client, "first")
 
 
+@pytest.mark.slow
 def test_an_idle_model_sleeps_and_wakes(world: World, client: Client, record_property: Any) -> None:
     """All of its stages go and come; nobody else notices, and callers with little time are told."""
 

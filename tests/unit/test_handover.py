@@ -19,6 +19,7 @@ from sdxs.residuals import Residuals
 from sdxs.v1 import unet_pb2
 from services.fabric.handover import Borrower, Lender, _open
 from services.fabric.lending import Extents
+from tests.descriptors import descriptors
 
 SHAPES: list[tuple[int, ...]] = [(2, 3, 4, 5), (2, 1, 2, 2), (2, 7, 1, 1)]
 SIZE = 1 << 16
@@ -147,7 +148,7 @@ def test_one_process_reads_what_another_wrote(other_process: "subprocess.Popen[b
 def test_memory_of_a_dead_lender_is_dropped_once_nobody_reads_it(
     other_process: "subprocess.Popen[bytes]", borrower: Borrower, lender: Lender
 ) -> None:
-    message, before = lent(other_process), (maps(), descriptors())
+    message, before, opened = lent(other_process), maps(), descriptors()
     views = borrower.read(message)
     os.kill(other_process.pid, signal.SIGKILL)
     other_process.wait(10)
@@ -156,11 +157,8 @@ def test_memory_of_a_dead_lender_is_dropped_once_nobody_reads_it(
         borrower.read(message)
     assert caught.value.field == "shared"
     del views
-    assert (maps(), descriptors()) == before
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+    assert maps() == before
+    assert descriptors() <= opened
 
 
 def test_reading_a_thousand_times_holds_one_file(lender: Lender, borrower: Borrower) -> None:
@@ -170,9 +168,9 @@ def test_reading_a_thousand_times_holds_one_file(lender: Lender, borrower: Borro
     before = descriptors()
     for _ in range(1000):
         borrower.read(loan.message)
-    assert descriptors() == before
+    assert descriptors() <= before
     borrower.close()
-    assert descriptors() == before - 2, "its file and the handle of its process"
+    assert len(before - descriptors()) == 2, "its file and the handle of its process"
 
 
 def test_nobody_can_change_the_size_of_lent_memory(lender: Lender) -> None:
@@ -210,7 +208,7 @@ def test_memory_that_is_no_lenders_is_refused(borrower: Borrower, seal: bool, co
     with memory(seal, content) as message.fd, pytest.raises(InvalidRequest) as caught:
         borrower.read(message)
     assert caught.value.field == "shared"
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @pytest.mark.timeout(20)
@@ -236,7 +234,7 @@ def test_a_strangers_numbers_are_refused(borrower: Borrower, tmp_path: Path, kin
         with pytest.raises(InvalidRequest) as caught:
             borrower.read(unet_pb2.SharedResiduals(pid=pid, fd=fd, nonce=NONCE, shapes=[unet_pb2.Shape(sizes=[1])]))
         assert caught.value.field == "shared"
-        assert descriptors() == before
+        assert descriptors() <= before
 
 
 @pytest.mark.parametrize(
