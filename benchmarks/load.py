@@ -11,24 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.machine import machine, write
+from benchmarks.served import server
 from sdxs import images, registry
-from sdxs.client import AsyncClient, Client
-from sdxs.embedded import free_port
+from sdxs.client import AsyncClient
 from sdxs.errors import SdxsError
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
@@ -36,32 +30,6 @@ from sdxs.prompts import Prompts
 from services.settings import ServingSettings
 
 PROMPT, CALLERS, DEADLINE_S = "red apple", 32, 2.0
-
-
-@contextlib.contextmanager
-def server(model: str, local: bool) -> Iterator[str]:
-    """The address of a server of its own."""
-    address = f"127.0.0.1:{free_port()}"
-    command = [
-        sys.executable,
-        "-c",
-        "from sdxs.cli import main; main()",
-        "serve",
-        "--model",
-        model,
-        *(["--local"] if local else []),
-    ]
-    environment = {**os.environ, "SDXS_GATEWAY_ADDRESS": address}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        with Client(address) as client:
-            client.wait_ready(180)
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 class InProcess:
@@ -175,7 +143,7 @@ async def overload(address: str, rate: float, seconds: float) -> list[dict[str, 
 async def measure(model: str, local: bool, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """All rows."""
     here = InProcess(model)
-    with server(model, local) as address:
+    with server("--model", model, *(["--local"] if local else [])) as address:
         rows = [*await one_by_one(address, here, rounds), *await throughput(address, here, seconds)]
         rows += await overload(address, 2 * rows[-1]["served_per_s"], seconds)
     return [{"server": "one process" if local else "Ray Serve", **row} for row in rows]
