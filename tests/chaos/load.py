@@ -162,15 +162,17 @@ class Load:
 
     async def _generate(self, client: AsyncClient, wish: Wish, count: int, limit: float) -> None:
         """One call, judged: what it gives, or its error, and when."""
-        seen, began = self.seen, time.monotonic()
+        began = time.monotonic()
         try:
             made: Generated = await client.generate(
                 wish.prompt, timeout=limit, seed=wish.seed, n=count, format="raw", controls=wish.controls
             )
         except SdxsError as error:
+            seen = self.seen  # now: what was on its way when a fault came is that fault's
             seen.fail("call", error)
             seen.calls.append((began, time.monotonic(), False))
         else:
+            seen = self.seen
             seen.images += 1
             seen.calls.append((began, time.monotonic(), True))
             wishes = [Wish(wish.prompt, wish.seed + i, wish.steered) for i in range(count)]
@@ -223,19 +225,19 @@ class Load:
         """Jobs, single and in batches, each handed in until it is accepted, some twice."""
         async with AsyncClient(self._address) as client:
             while not self._stopping.is_set():
-                seen, request_id = self.seen, uuid.uuid4().hex
+                request_id = uuid.uuid4().hex
                 wishes = [self._wish()]
                 if self._random.random() < 0.3:
                     wishes = [Wish(prompt, wishes[0].seed, wishes[0].steered) for prompt in self._random.sample(PROMPTS, 3)]
-                job_id = await self._hand_in(client, request_id, wishes, seen)
+                job_id = await self._hand_in(client, request_id, wishes)
                 if self._random.random() < 0.3:
-                    again = await self._hand_in(client, request_id, wishes, seen)
+                    again = await self._hand_in(client, request_id, wishes)
                     if again != job_id:
-                        seen.wrong.append(f"request {request_id} became the jobs {job_id} and {again}")
-                seen.jobs.append(Submitted(job_id, request_id, wishes, time.monotonic()))
+                        self.seen.wrong.append(f"request {request_id} became the jobs {job_id} and {again}")
+                self.seen.jobs.append(Submitted(job_id, request_id, wishes, time.monotonic()))
                 await asyncio.sleep(0.4)
 
-    async def _hand_in(self, client: AsyncClient, request_id: str, wishes: Sequence[Wish], seen: Seen) -> str:
+    async def _hand_in(self, client: AsyncClient, request_id: str, wishes: Sequence[Wish]) -> str:
         """Its id, however many tries that takes."""
         while True:
             began = time.monotonic()
@@ -254,11 +256,11 @@ class Load:
                     prompts, 5.0, request_id=request_id, seed=wishes[0].seed, format="png", controls=wishes[0].controls
                 )
             except SdxsError as error:
-                seen.refused[error.code] += 1
+                self.seen.refused[error.code] += 1
                 if error.code not in PROPER:
-                    seen.wrong.append(f"handing in a job: {error.code}: {error}")
+                    self.seen.wrong.append(f"handing in a job: {error.code}: {error}")
                 if time.monotonic() - began > 5.0 + LATE_S:
-                    seen.wrong.append(f"handing in a job took {time.monotonic() - began:.1f} s, the deadline was 5 s")
+                    self.seen.wrong.append(f"handing in a job took {time.monotonic() - began:.1f} s, the deadline was 5 s")
             await asyncio.sleep(0.3)
 
 
