@@ -13,7 +13,9 @@ from pathlib import Path
 from sdxs.errors import NotFound, PermissionDenied, PreconditionFailed, SdxsError, Unavailable
 
 SCHEME = "hf://"
-_ID = re.compile(r"(hf://)?(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(@(?P<revision>[A-Za-z0-9._/-]+))?")
+_ID = re.compile(
+    r"(hf://)?(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(@(?P<revision>[A-Za-z0-9._/-]+))?"
+)
 _UNWANTED = ["*.bin", "*.ckpt", "*.msgpack"]  # weights that exist as safetensors too, or run code when loaded
 _DUPLICATES = ["*.fp16*", "*non_ema*"]  # of the plain weights, where these are there
 
@@ -65,13 +67,13 @@ def snapshot(what: str, source: str, wanted: list[str]) -> Path:
 
 
 def pinned(what: str, source: str) -> HubId:
-    """The same repository at the commit that its revision means now; of a hub that is away, at the one it meant last. Raises as `snapshot`."""
+    """The same repository at the commit that its revision means now, or last meant if the hub is away. Raises as `snapshot`."""
     found = HubId.parse(source)
     if found is not None and re.fullmatch("[0-9a-f]{40}", found.revision):
         return found
-    folder = snapshot(what, source, ["config.json", "model_index.json"])  # of its own cache, where a folder's name is its commit
+    folder = snapshot(what, source, ["config.json", "model_index.json"])
     assert found is not None
-    return HubId(found.repository, folder.name)
+    return HubId(found.repository, folder.name)  # in the hub's cache a snapshot is named by its commit
 
 
 def _download(source: HubId, wanted: list[str]) -> Path:
