@@ -70,7 +70,7 @@ class Manifest(BaseModel):
     @classmethod
     def _safe_paths(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
-            if not _accepted(name):
+            if not accepted(name):
                 raise ValueError(f"{name!r} is not a plain relative path to one of {', '.join(sorted(SUFFIXES))}")
         return files
 
@@ -118,7 +118,7 @@ class Manifest(BaseModel):
                 "one_step": _one_step(folder),
                 "controlnets": {each: control_types(place) for each, place in controlnet_folders(folder).items()},
             }
-            facts.setdefault("files", {file: _hash(folder / file) for file in _files(folder) if _accepted(file)})
+            facts.setdefault("files", {file: _hash(folder / file) for file in _files(folder) if accepted(file)})
             return cls(name=name or slug(folder.resolve().name), **found, **text, **facts)
         except KeyError as error:
             raise CorruptArtifact(f"{error.args[0]!r} is missing in the configuration files of {folder.name!r}") from error
@@ -148,7 +148,7 @@ def control_types(folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _accepted(name: str) -> bool:
+def accepted(name: str) -> bool:
     """Whether a bundle may hold a file of that path."""
     path = PurePosixPath(name)
     plain = str(path) == name and not path.is_absolute() and "\\" not in name and name.isprintable()
@@ -194,7 +194,9 @@ def _one_step(folder: Path) -> OneStepConstants:
     config = read_config(folder, "scheduler/scheduler_config.json")
     last = config.get("num_train_timesteps", 1000) - 1
     if found.timestep < last:
-        allowed = f"one whose single step begins at the last timestep, {last}, as with timestep_spacing trailing; this one's is {found.timestep}"
+        allowed = (
+            f"one whose single step begins at the last timestep, {last}, as with trailing spacing, not at {found.timestep}"
+        )
         raise InvalidRequest("scheduler", config["_class_name"], allowed)
     return found
 
@@ -263,7 +265,7 @@ def seal(folder: Path, name: str, **facts: Any) -> Manifest:
         CorruptArtifact: it is not a whole diffusers text-to-image folder.
     """
     for file in _files(folder):
-        if not _accepted(file) or (folder / file).is_symlink():
+        if not accepted(file) or (folder / file).is_symlink():
             raise InvalidRequest("bundle", file, f"plain files ending in {', '.join(sorted(SUFFIXES))}")
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest.from_diffusers(folder, name, created=created, **facts)
