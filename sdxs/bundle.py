@@ -105,7 +105,7 @@ class Manifest(BaseModel):
             CorruptArtifact: a needed configuration file or a value in it is missing, or the networks do not fit each other.
             InvalidRequest: it is no one-step model, or no model at all but a ControlNet.
         """
-        _check_is_model(folder)
+        check_is_model(folder, name or folder.name)
         unet, vae = read_config(folder, "unet/config.json"), read_config(folder, "vae/config.json")
         try:
             text = _text_facts(folder, unet)
@@ -178,12 +178,12 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     return data
 
 
-def _check_is_model(folder: Path) -> None:
+def check_is_model(folder: Path, name: str) -> None:
     """Raises InvalidRequest for the folder of a lone ControlNet, which is published in the same way."""
     if (folder / "unet").exists() or not (folder / "config.json").is_file():
         return
     if "ControlNet" in str(read_config(folder, "config.json").get("_class_name")):
-        raise InvalidRequest("model", folder.name, "a model; this is a ControlNet alone, for MODEL?controlnet=...")
+        raise InvalidRequest("model", name, "a model; this is a ControlNet alone, for MODEL?controlnet=...")
 
 
 def _one_step(folder: Path) -> OneStepConstants:

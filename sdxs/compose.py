@@ -43,6 +43,7 @@ def compose(folder: Path, changes: Changes, cache: Path) -> tuple[Path, Manifest
             `Manifest.from_diffusers`.
         CorruptArtifact: a part is not whole.
     """
+    bundle.check_is_model(folder, changes.name)
     links = _links(folder, changes)
     sealed = bundle.read(folder, verify=False) if (folder / MANIFEST).is_file() else None
     kept = {"recipe_hash": sealed.recipe_hash, "metrics": sealed.metrics} if sealed else {}
