@@ -183,6 +183,12 @@ def open_model(reference: str | Path, settings: Settings) -> tuple[Path, Manifes
     return _composed(asked, Published(folder), manifest.name, settings) if asked.changes else (folder, manifest)
 
 
+def open_sealed(reference: str | Path, settings: Settings) -> tuple[Path, Manifest]:
+    """The same, with its manifest in the folder: of a plain diffusers folder, links to its files. Raises as `open_model`."""
+    folder, manifest = open_model(reference, settings)
+    return (folder, manifest) if (folder / MANIFEST).is_file() else compose(folder, Changes(manifest.name), settings.cache_dir)
+
+
 def _composed(asked: Reference, base: Published, name: str, settings: Settings) -> tuple[Path, Manifest]:
     """A model with what a reference says beside its base."""
     controlnets = published.controlnets(asked.controlnets)

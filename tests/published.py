@@ -25,6 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tests.models import LENGTH, tiny_tokenizer
 
 _SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SD2_PADDING = "-</w>"
+"""SD 2 pads with a word, "!", where SD 1 pads with the end."""
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 
@@ -50,11 +52,8 @@ def old(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
     }  # fmt: skip
     settings = {**_SD, "prediction_type": "epsilon", "timestep_spacing": "trailing", "interpolation_type": "linear"}
     made = _repository(folder, seed, 48, unet, EulerDiscreteScheduler(**settings | scheduler))
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # SD 2's padding
-        file = made / "tokenizer" / name
-        if file.exists():
-            said = json.loads(file.read_text())
-            file.write_text(json.dumps(said | {"pad_token": "a</w>"}))
+    file = made / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": SD2_PADDING}))
     return made
 
 
@@ -84,6 +83,7 @@ def sketch(folder: Path, unet: Path, seed: int = 9) -> Path:
 def _repository(folder: Path, seed: int, width: int, unet: dict[str, Any], scheduler: Any) -> Path:
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(folder / "tokenizer")
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # younger than these repositories
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1,

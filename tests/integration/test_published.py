@@ -21,6 +21,7 @@ from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PermissionDen
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
 from sdxs.settings import Settings
+from sdxs.store import open_store
 from tests import published
 from tests.hub import HttpHub, http_hub
 
@@ -123,7 +124,7 @@ def test_a_hub_id_is_the_folder_at_a_commit(hub: HttpHub, folders: Folders, sett
 
 def test_only_what_is_needed_is_downloaded(hub: HttpHub, settings: Settings) -> None:
     """No pickles, pictures, cards, or the autoencoder that was not asked for."""
-    folder, manifest = registry.open_model(DREAM, settings)
+    _, manifest = registry.open_model(DREAM, settings)
     got = hub.downloaded()
     assert set(manifest.files) == got
     assert {path.partition("/")[0] for path in got} == {
@@ -220,13 +221,29 @@ def test_all_options_at_once_are_pinned(hub: HttpHub, folders: Folders, settings
     assert StableDiffusionPipeline.from_pretrained(folder).vae.config.scaling_factor == 0.18215
 
 
+@pytest.mark.parametrize("base", ["folder", "hub"])
+def test_a_published_model_goes_into_the_store_of_models(
+    hub: HttpHub, folders: Folders, settings: Settings, base: str, tmp_path: Path
+) -> None:
+    """Where other machines find it without the hub."""
+    store = open_store(settings, "models")
+    folder, sealed = registry.open_sealed(f"{folders.old}?name=old" if base == "folder" else f"{OLD}?name=old", settings)
+    digest = registry.publish(folder, store).digest
+    registry.promote("old", digest, store)
+    elsewhere = settings.model_copy(update={"cache_dir": tmp_path / "elsewhere"})
+    folder, manifest = registry.open_model("old", elsewhere)
+    assert manifest == sealed and not any(path.is_symlink() for path in folder.rglob("*"))
+    plain = registry.open_sealed(folders.old, settings)
+    assert (plain[1].name, plain[1].one_step) == ("sdxs-512-0.9", sealed.one_step)
+
+
 def test_options_of_a_name_follow_it(settings: Settings, folders: Folders, tmp_path: Path) -> None:
     """A bundle that ships, with a part of a folder that does not fit it: refused with the setting at fault."""
     digest = registry.pins("emoji", settings)[0]
     assert registry.pins("emoji?name=mine", settings) == [f"{digest}?name=mine"]
     mine = registry.open_model("emoji?name=mine", settings)[1]
     assert (mine.name, mine.one_step) == ("mine", registry.open_model("emoji", settings)[1].one_step)
-    with pytest.raises(InvalidRequest, match="controlnet: got 'sketch'.*for this U-Net, whose cross_attention_dim is"):
+    with pytest.raises(InvalidRequest, match=r"controlnet: got 'sketch'.*for this U-Net, whose cross_attention_dim is"):
         registry.open_model(f"emoji?controlnet={folders.sketch}", settings)
 
 
@@ -276,17 +293,17 @@ def test_wrong_parts_are_named(folders: Folders, hub: HttpHub, settings: Setting
     for reference in (SKETCH, str(folders.sketch)):
         with pytest.raises(InvalidRequest, match="a ControlNet alone, for MODEL"):
             registry.open_model(reference, settings)
-    with pytest.raises(InvalidRequest, match="controlnet: got 'unet'.*this has UNet2DConditionModel"):
+    with pytest.raises(InvalidRequest, match=r"controlnet: got 'unet'.*this has UNet2DConditionModel"):
         registry.open_model(f"{folders.dream}?controlnet={folders.dream / 'unet'}", settings)
     with pytest.raises(NotFound, match=r"controlnet '\./nowhere'"):
         registry.open_model(f"{folders.dream}?controlnet=./nowhere", settings)
     with pytest.raises(InvalidRequest, match="two are called 'sketch'"):
         registry.open_model(f"{folders.dream}?controlnet={folders.sketch}&controlnet={folders.sketch}", settings)
-    with pytest.raises(InvalidRequest, match="controlnet: got 'sketch'.*whose cross_attention_dim is 48; this one's is 32"):
+    with pytest.raises(InvalidRequest, match=r"controlnet: got 'sketch'.*whose cross_attention_dim is 48; this one's is 32"):
         registry.open_model(f"{folders.old}?controlnet={folders.sketch}", settings)
 
 
 @pytest.mark.parametrize("options", ["", "vae", "vae=", "vae=a&vae=b", "vae=../x", "name=A b", "size=9", "controlnet="])
 def test_options_that_are_none(options: str, settings: Settings) -> None:
-    with pytest.raises(InvalidRequest, match="model: got 'emoji?"):
+    with pytest.raises(InvalidRequest, match=r"model: got 'emoji\?"):
         registry.open_model(f"emoji?{options}", settings)
