@@ -22,7 +22,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.models import LENGTH, tiny_tokenizer
+from tests.models import END, LENGTH, START, tiny_tokenizer
 
 _SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SD2_PADDING = "-</w>"
@@ -51,10 +51,7 @@ def old(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
         "only_cross_attention": (True, False, False), "down_block_types": (_CROSS_DOWN,) * 3, "up_block_types": (_CROSS_UP,) * 3,
     }  # fmt: skip
     settings = {**_SD, "prediction_type": "epsilon", "timestep_spacing": "trailing", "interpolation_type": "linear"}
-    made = _repository(folder, seed, 48, unet, EulerDiscreteScheduler(**settings | scheduler))
-    file = made / "tokenizer" / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": SD2_PADDING}))
-    return made
+    return _repository(folder, seed, 48, unet, EulerDiscreteScheduler(**settings | scheduler), padding=SD2_PADDING)
 
 
 def sketch(folder: Path, unet: Path, seed: int = 9) -> Path:
@@ -80,10 +77,23 @@ def sketch(folder: Path, unet: Path, seed: int = 9) -> Path:
     return folder
 
 
-def _repository(folder: Path, seed: int, width: int, unet: dict[str, Any], scheduler: Any) -> Path:
+def _write_tokenizer_config(folder: Path, padding: str) -> None:
+    """As transformers wrote it then: tokens with all their properties, and a file of them."""
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # younger than these repositories
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    tokens = {"bos_token": START, "eos_token": END, "unk_token": END}
+    config = {name: {"__type": "AddedToken", "content": token, **flags} for name, token in tokens.items()}
+    others = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": LENGTH}
+    said = {**config, **others, "pad_token": padding, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    names = {name: {"content": token, **flags} for name, token in tokens.items()}
+    (folder / "special_tokens_map.json").write_text(json.dumps({**names, "pad_token": padding}))
+
+
+def _repository(folder: Path, seed: int, width: int, unet: dict[str, Any], scheduler: Any, padding: str = END) -> Path:
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(folder / "tokenizer")
-    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # younger than these repositories
+    _write_tokenizer_config(folder / "tokenizer", padding)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1,

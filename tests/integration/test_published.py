@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,14 +18,19 @@ from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetP
 from PIL import Image
 
 from sdxs import registry
+from sdxs.client import AsyncClient
 from sdxs.control import Control
+from sdxs.embedded import free_port
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PermissionDenied
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
 from sdxs.settings import Settings
 from sdxs.store import open_store
+from services.local import serve_local
+from services.settings import ServingSettings
 from tests import published
 from tests.hub import HttpHub, http_hub
+from tests.models import END, LENGTH
 
 DREAM, OLD, SKETCH = "owner/sdxs-512-dreamshaper", "owner/sdxs-512-0.9", "owner/sdxs-512-dreamshaper-sketch"
 PROMPT = "red apple"
@@ -200,8 +207,6 @@ def test_a_lone_controlnet_joins_a_model(hub: HttpHub, folders: Folders, setting
 
 
 def _png(image: Image.Image) -> bytes:
-    import io
-
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -307,3 +312,37 @@ def test_wrong_parts_are_named(folders: Folders, hub: HttpHub, settings: Setting
 def test_options_that_are_none(options: str, settings: Settings) -> None:
     with pytest.raises(InvalidRequest, match=r"model: got 'emoji\?"):
         registry.open_model(f"emoji?{options}", settings)
+
+
+def test_padding_is_the_tokenizers_own(folders: Folders, settings: Settings) -> None:
+    """It is not masked, so that another one would be another picture."""
+    for folder, padding in ((folders.dream, END), (folders.old, published.SD2_PADDING)):
+        [(tokenizer, _)] = OneStepPipeline.from_bundle(str(folder), settings).text_encoder.encoders
+        ids = tokenizer("a", padding="max_length", max_length=LENGTH)["input_ids"]
+        assert ids[3:] == [tokenizer.convert_tokens_to_ids(padding)] * (LENGTH - 3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+async def test_a_server_in_one_process(hub: HttpHub, folders: Folders, settings: Settings, fused: bool) -> None:
+    """Two models at once: one of the hub with everything in its reference, one of a folder as it is."""
+    reference = f"{DREAM}?vae=vae_large&controlnet={SKETCH}&name=drawn"
+    serving = ServingSettings(
+        redis_url="", gateway_address=f"127.0.0.1:{free_port()}", drain_s=1, cache_dir=settings.cache_dir, models_watch_s=0.1
+    )
+    control = Control(_png(Image.new("RGB", (32, 32), "white")), "sketch", preprocessed=True)
+    drawn, plain = (OneStepPipeline.from_bundle(each, settings) for each in (reference, str(folders.old)))
+    async with (
+        serve_local([reference, str(folders.old)], serving, fused),
+        AsyncClient(serving.gateway_address) as client,
+    ):
+        asked = len(hub.asked)
+        models = await client.list_models()
+        assert [(model.name, model.digest) for model in models] == [
+            ("drawn", drawn.manifest.digest), ("sdxs-512-0.9", plain.manifest.digest),
+        ]  # fmt: skip
+        for model, ours, controls in (("drawn", drawn, [control]), ("sdxs-512-0.9", plain, [])):
+            answer = await client.generate(PROMPT, seed=3, format="raw", model=model, controls=controls)
+            assert answer.images[0].data == ours(PROMPT, seed=3, controls=controls)[0].tobytes()
+            assert answer.receipt.model_digest == ours.manifest.digest
+        await asyncio.sleep(0.5)
+        assert len(hub.asked) == asked, "a branch is looked at once"
