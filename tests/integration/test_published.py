@@ -322,6 +322,16 @@ def test_padding_is_the_tokenizers_own(folders: Folders, settings: Settings) -> 
         assert ids[3:] == [tokenizer.convert_tokens_to_ids(padding)] * (LENGTH - 3)
 
 
+@pytest.mark.parametrize("name", ["dream", "old"])
+def test_an_image_to_start_from(folders: Folders, settings: Settings, name: str) -> None:
+    """The weaker, the nearer; at strength 1 it does not count."""
+    ours = OneStepPipeline.from_bundle(f"{getattr(folders, name)}?vae=vae_large", settings)
+    file = _png(Image.effect_noise((32, 32), 80).convert("RGB"))
+    images = [ours(PROMPT, seed=2, init_image=file, strength=strength)[0] for strength in (0.05, 0.5, 1.0)]
+    assert images[2].tobytes() == ours(PROMPT, seed=2)[0].tobytes()
+    assert len({image.tobytes() for image in images}) == 3
+
+
 @pytest.mark.parametrize("fused", [False, True])
 async def test_a_server_in_one_process(hub: HttpHub, folders: Folders, settings: Settings, fused: bool) -> None:
     """Two models at once: one of the hub with everything in its reference, one of a folder as it is."""
