@@ -28,18 +28,19 @@ def keep(cache: Path, build: Callable[[Path], Manifest]) -> tuple[Path, Manifest
     part = Path(tempfile.mkdtemp(dir=root, prefix=".part-"))
     try:
         manifest = build(part / "new")
-        return find(cache, manifest.digest) or (_put(part, _place(cache, manifest.digest)), manifest)
+        return _put(part, cache, manifest.digest), manifest
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _put(part: Path, target: Path) -> Path:
+def _put(part: Path, cache: Path, digest: str) -> Path:
+    target = _place(cache, digest)
     try:
-        if target.exists():  # damaged: out of the way
-            target.rename(part / "old")
         (part / "new").rename(target)
     except OSError:
-        bundle.read(target)  # raises, unless another process was faster
+        if not find(cache, digest):  # else another process was faster
+            target.rename(part / "old")  # damaged: out of the way
+            (part / "new").rename(target)
     return target
 
 
