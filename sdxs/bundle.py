@@ -27,6 +27,8 @@ from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound
 from sdxs.onestep import OneStepConstants, probe_folder
 
 MANIFEST = "bundle.json"
+NAME = "[a-z0-9][a-z0-9._-]{0,63}"
+"""Of a bundle, as a regular expression."""
 _PART = f".{MANIFEST}.part"
 SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".txt", ".md", ".png", ".toml"})
 
@@ -46,7 +48,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
-    name: str = Field(pattern="^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=f"^{NAME}$")
     image_size: int = Field(gt=0)
     latent_channels: int = Field(gt=0)
     latent_size: int = Field(gt=0)
@@ -68,7 +70,7 @@ class Manifest(BaseModel):
     @classmethod
     def _safe_paths(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
-            if not _accepted(name):
+            if not accepted(name):
                 raise ValueError(f"{name!r} is not a plain relative path to one of {', '.join(sorted(SUFFIXES))}")
         return files
 
@@ -100,24 +102,28 @@ class Manifest(BaseModel):
         Files that a bundle cannot hold are left out: they are never loaded either.
 
         Raises:
-            CorruptArtifact: a needed configuration file or a value in it is missing.
+            CorruptArtifact: a needed configuration file or a value in it is missing, or the networks do not fit each other.
+            InvalidRequest: it is no one-step model, or no model at all but a ControlNet.
         """
+        check_is_model(folder, name or folder.name)
         unet, vae = read_config(folder, "unet/config.json"), read_config(folder, "vae/config.json")
-        facts.setdefault("files", {file: _hash(folder / file) for file in _files(folder) if _accepted(file)})
         try:
-            return cls(
-                name=name or _slug(folder.resolve().name),
-                image_size=unet["sample_size"] * _upsampling(vae),
-                latent_channels=unet["in_channels"],
-                latent_size=unet["sample_size"],
-                **_text_facts(folder, unet),
-                dtype=_dtype(folder),
-                one_step=probe_folder(folder),
-                controlnets={name: control_types(place) for name, place in controlnet_folders(folder).items()},
-                **facts,
-            )
+            text = _text_facts(folder, unet)
+            _check_fits(unet, vae, text["text_width"])
+            found = {
+                "image_size": unet["sample_size"] * _upsampling(vae),
+                "latent_channels": unet["in_channels"],
+                "latent_size": unet["sample_size"],
+                "dtype": _dtype(folder),
+                "one_step": _one_step(folder),
+                "controlnets": {each: control_types(place) for each, place in controlnet_folders(folder).items()},
+            }
+            facts.setdefault("files", {file: _hash(folder / file) for file in _files(folder) if accepted(file)})
+            return cls(name=name or slug(folder.resolve().name), **found, **text, **facts)
         except KeyError as error:
             raise CorruptArtifact(f"{error.args[0]!r} is missing in the configuration files of {folder.name!r}") from error
+        except ValidationError as error:
+            raise CorruptArtifact(f"configuration files of {folder.name!r}: {_first(error)}") from error
 
 
 CONTROL_TYPES = "control_types.json"
@@ -142,14 +148,14 @@ def control_types(folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _accepted(name: str) -> bool:
+def accepted(name: str) -> bool:
     """Whether a bundle may hold a file of that path."""
     path = PurePosixPath(name)
     plain = str(path) == name and not path.is_absolute() and "\\" not in name and name.isprintable()
     return plain and name != MANIFEST and path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A folder's name as a bundle's name."""
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip("._-")[:64] or "unnamed"
 
@@ -172,6 +178,40 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     return data
 
 
+def check_is_model(folder: Path, name: str) -> None:
+    """Raises InvalidRequest for the folder of a lone ControlNet, which is published in the same way."""
+    if (folder / "unet").exists() or not (folder / "config.json").is_file():
+        return
+    if "ControlNet" in str(read_config(folder, "config.json").get("_class_name")):
+        raise InvalidRequest("model", name, "a model; this is a ControlNet alone, for MODEL?controlnet=...")
+
+
+def _one_step(folder: Path) -> OneStepConstants:
+    """The constants of the folder's scheduler. One of a model of many steps, with `timestep_spacing` leading, takes its only step at the
+    clean end, where a one-step model was never trained. Raises InvalidRequest for such, and what `probe_folder` does.
+    """
+    found = probe_folder(folder)
+    config = read_config(folder, "scheduler/scheduler_config.json")
+    last = config.get("num_train_timesteps", 1000) - 1
+    if found.timestep < last:
+        allowed = (
+            f"one whose single step begins at the last timestep, {last}, as with trailing spacing, not at {found.timestep}"
+        )
+        raise InvalidRequest("scheduler", config["_class_name"], allowed)
+    return found
+
+
+def _check_fits(unet: dict[str, Any], vae: dict[str, Any], text_width: int) -> None:
+    """Raises CorruptArtifact when autoencoder or text encoder is not one for the U-Net, or an image is not square."""
+    size, channels, width = unet["sample_size"], unet["in_channels"], unet["cross_attention_dim"]
+    if not isinstance(size, int):
+        raise CorruptArtifact(f"unet/config.json: sample_size is {size}; a model draws images of one size, height as width")
+    if vae["latent_channels"] != channels:
+        raise CorruptArtifact(f"unet/config.json: in_channels is {channels}, but vae/ has latents of {vae['latent_channels']}")
+    if isinstance(width, int) and width != text_width and not unet.get("encoder_hid_dim_type"):
+        raise CorruptArtifact(f"unet/config.json: cross_attention_dim is {width}, but the text encoder's width is {text_width}")
+
+
 def _text_facts(folder: Path, unet: dict[str, Any]) -> dict[str, int]:
     """Widths and length of what the U-Net is conditioned on. SDXL's (`text_time`) are those of two text encoders side by side.
 
@@ -185,6 +225,11 @@ def _text_facts(folder: Path, unet: dict[str, Any]) -> dict[str, int]:
     if len(set(lengths)) > 1:
         raise CorruptArtifact(f"the tokenizers of {folder.name!r} read {' and '.join(map(str, lengths))} tokens, not as many")
     facts = {"text_width": sum(encoder["hidden_size"] for encoder in encoders), "max_prompt_tokens": lengths[0]}
+    most = min(encoder.get("max_position_embeddings", 77) for encoder in encoders)
+    if lengths[0] > most:
+        raise CorruptArtifact(
+            f"tokenizer_config.json: model_max_length is {lengths[0]}, but the text encoder reads {most} tokens"
+        )
     return facts | ({"pooled_width": encoders[1]["projection_dim"]} if sdxl else {})
 
 
@@ -220,7 +265,7 @@ def seal(folder: Path, name: str, **facts: Any) -> Manifest:
         CorruptArtifact: it is not a whole diffusers text-to-image folder.
     """
     for file in _files(folder):
-        if not _accepted(file) or (folder / file).is_symlink():
+        if not accepted(file) or (folder / file).is_symlink():
             raise InvalidRequest("bundle", file, f"plain files ending in {', '.join(sorted(SUFFIXES))}")
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest.from_diffusers(folder, name, created=created, **facts)
@@ -235,8 +280,13 @@ def parse(text: str | bytes) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CorruptArtifact(f"{MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise CorruptArtifact(f"{MANIFEST}: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first field at fault, and why."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def read(folder: Path, *, verify: bool = True) -> Manifest:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel
 from diffusers.models.embeddings import TextTimeEmbedding, TimestepEmbedding
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sdxs import weights
 from sdxs.errors import CorruptArtifact
 
 _MID = "UNetMidBlock2D"
@@ -112,13 +112,5 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> ControlNetModel:
         raise CorruptArtifact(f"{folder.name}/config.json: {kind!r} is none of {', '.join(kinds)}")
     plain = (folder / "diffusion_pytorch_model.safetensors").is_file()
     variant = "fp16" if not plain and any(folder.glob("*.fp16*.safetensors")) else None
-    try:
-        network, found = kinds[kind].from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CorruptArtifact(f"the weights of ControlNet {folder.name!r} cannot be read: {error}") from error
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
-        raise CorruptArtifact(f"{folder.name} lacks {len(missing)} weights of its {kind}, among them {missing[0]}")
-    return network.eval().requires_grad_(False)
+    network: ControlNetModel = weights.load(kinds[kind], folder, dtype, variant=variant)
+    return network

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sdxs.errors import CorruptArtifact, InvalidRequest
+from sdxs.errors import CorruptArtifact, InvalidRequest, SdxsError
 
 
 class OneStepConstants(BaseModel):
@@ -72,7 +72,12 @@ def _step(scheduler: Any, sample: float, output: float) -> float:
 
 
 def probe_folder(folder: Path) -> OneStepConstants:
-    """The constants of the scheduler in a diffusers model folder. Raises CorruptArtifact when there is none."""
+    """The constants of the scheduler in a diffusers model folder.
+
+    Raises:
+        CorruptArtifact: there is none, or its configuration is not one that diffusers takes.
+        InvalidRequest: as `probe`.
+    """
     import diffusers
     from diffusers.schedulers import SchedulerMixin
 
@@ -85,4 +90,9 @@ def probe_folder(folder: Path) -> OneStepConstants:
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise CorruptArtifact(f"scheduler/scheduler_config.json: {name!r} is not a scheduler of diffusers")
     loaded: Any = kind
-    return probe(loaded.from_pretrained(path.parent))
+    try:
+        return probe(loaded.from_pretrained(path.parent))
+    except SdxsError:
+        raise
+    except Exception as error:  # each scheduler refuses settings, prediction types among them, in its own way
+        raise CorruptArtifact(f"scheduler/scheduler_config.json: no single step of {name} follows from it: {error}") from error

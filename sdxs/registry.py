@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -18,16 +16,19 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from sdxs import bundle
-from sdxs.bundle import MANIFEST, Manifest
-from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PreconditionFailed, SdxsError
+from sdxs import bundle, cached, hub, published
+from sdxs.bundle import MANIFEST, NAME, Manifest, slug
+from sdxs.compose import Changes, compose, loads_as_it_lies
+from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PreconditionFailed
+from sdxs.published import Published
+from sdxs.references import Reference, hub_id, is_folder, likely_name
 from sdxs.settings import Settings
 from sdxs.store import ObjectStore, open_store, open_url
 
 DEFAULT_POINTER = "prod"
 PACKAGED = "packaged"
 _BUNDLES, _NAMES = "bundles/", "names/"
-_NAME = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(@(?P<pointer>[a-z0-9][a-z0-9._-]{0,63}))?")
+_NAME = re.compile(f"(?P<name>{NAME})(@(?P<pointer>{NAME}))?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
 _TRIES = 20
 
@@ -56,7 +57,7 @@ def split_reference(reference: str) -> tuple[str, str]:
     """(name, pointer) of `name` or `name@pointer`. Raises InvalidRequest."""
     match = _NAME.fullmatch(reference)
     if not match:
-        allowed = "name, name@pointer, sha256:<12 to 64 hex digits>, s3://bucket/folder or a folder (with a / in it)"
+        allowed = "name, name@pointer, sha256:<12 to 64 hex digits>, s3://bucket/folder, a folder (with a / in it) or owner/name of the hub"
         raise InvalidRequest("model", reference, allowed)
     return match["name"], match["pointer"] or DEFAULT_POINTER
 
@@ -165,51 +166,94 @@ def open_model(reference: str | Path, settings: Settings) -> tuple[Path, Manifes
     """A verified local folder, as an absolute path, and its manifest; what is elsewhere is downloaded once.
 
     Args:
-        reference: name, `name@pointer`, `sha256:...`, `s3://bucket/folder`, or a folder (with a `/` in it, or a Path): sealed, or
-            plain diffusers as published.
+        reference: name, `name@pointer`, `sha256:...`, `s3://bucket/folder`, a folder (with a `/` in it, or a Path): sealed, or plain
+            diffusers as published; or, where there is no such folder, a hub id `owner/name` or `owner/name@revision`. Each may have
+            options: see sdxs.references. A Path is a folder and has none.
 
     Raises:
-        NotFound, CorruptArtifact, InvalidRequest.
+        NotFound, CorruptArtifact, InvalidRequest; for a hub id PermissionDenied and Unavailable too.
     """
     if isinstance(reference, Path):
-        return _open_folder(reference)
-    url = urlparse(reference)
+        return _open_folder(reference, settings)
+    asked = Reference.parse(reference)
+    if hub_id(asked.base):
+        found = published.model(asked.base, asked.vae)
+        return _composed(asked, found, likely_name(asked.base), settings)
+    folder, manifest = _open_base(asked.base, settings)
+    return _composed(asked, Published(folder), manifest.name, settings) if asked.changes else (folder, manifest)
+
+
+def open_sealed(reference: str | Path, settings: Settings) -> tuple[Path, Manifest]:
+    """The same, with its manifest in the folder: of a plain diffusers folder, links to its files. Raises as `open_model`."""
+    folder, manifest = open_model(reference, settings)
+    return (folder, manifest) if (folder / MANIFEST).is_file() else compose(folder, Changes(manifest.name), settings.cache_dir)
+
+
+def _composed(asked: Reference, base: Published, name: str, settings: Settings) -> tuple[Path, Manifest]:
+    """A model with what a reference says beside its base."""
+    controlnets = published.controlnets(asked.controlnets)
+    sources = {"source": base.source, **{f"controlnet.{name}": each.source for name, each in controlnets.items()}}
+    changes = Changes(
+        asked.name or name,
+        asked.vae,
+        {name: each.folder for name, each in controlnets.items()},
+        {name: source for name, source in sources.items() if source},
+    )
+    return compose(base.folder, changes, settings.cache_dir)
+
+
+def _open_base(base: str, settings: Settings) -> tuple[Path, Manifest]:
+    """What a reference without options leads to, but for the hub."""
+    url = urlparse(base)
     if url.scheme == "s3":
-        store = open_url(reference, settings)
+        store = open_url(base, settings)
         return _download(store, "", bundle.parse(store.get_bytes(MANIFEST)).digest, settings.cache_dir)
     if url.scheme == "file":
-        return _open_folder(Path(unquote(url.path)))
-    if "/" in reference or reference.startswith("."):
-        return _open_folder(Path(reference))
-    if _DIGEST.fullmatch(reference):
+        return _open_folder(Path(unquote(url.path)), settings)
+    if is_folder(base):
+        return _open_folder(Path(base), settings)
+    if _DIGEST.fullmatch(base):
         for folder in packaged().values():
-            if bundle.read(folder, verify=False).digest.startswith(reference):
-                return _open_folder(folder)
-        return download(reference, open_store(settings, "models"), settings.cache_dir)
-    return _open_name(reference, settings)
+            if bundle.read(folder, verify=False).digest.startswith(base):
+                return _open_folder(folder, settings)
+        return download(base, open_store(settings, "models"), settings.cache_dir)
+    return _open_name(base, settings)
+
+
+def moves(reference: str) -> bool:
+    """Whether it may mean another bundle while a server runs: a name may; a branch of the hub means what it did when the server began."""
+    return bool(_NAME.fullmatch(Reference.parse(reference).base))
 
 
 def pins(reference: str, settings: Settings) -> list[str]:
     """What a reference means now, then all it has meant before, newest first; one read of the store, none of any bundle.
 
-    Each is a reference that stays: `sha256:...` for what a name points to, anything else as it is. Empty for a name that is not known.
-    Raises InvalidRequest, and CorruptArtifact for a history that cannot be read.
+    Each is a reference that stays: `sha256:...` for what a name points to, `hf://owner/name@commit` for a hub id, anything else as it is.
+    Empty for a name that is not known. Raises InvalidRequest, CorruptArtifact for a history that cannot be read, and of the hub NotFound,
+    PermissionDenied and Unavailable.
     """
-    if not _NAME.fullmatch(reference):
-        return [reference]
-    name, pointer = split_reference(reference)
+    asked = Reference.parse(reference)
+    controlnets = tuple(str(hub.pinned("controlnet", each)) if hub_id(each) else each for each in asked.controlnets)
+    bases = [str(hub.pinned("model", asked.base))] if hub_id(asked.base) else _pins(asked.base, settings)
+    return [str(replace(asked, base=base, controlnets=controlnets)) for base in bases]
+
+
+def _pins(base: str, settings: Settings) -> list[str]:
+    if not _NAME.fullmatch(base):
+        return [base]
+    name, pointer = split_reference(base)
     found = []
     if pointer != PACKAGED and (moves := history(name, pointer, open_store(settings, "models"))):
         found = [current(moves).digest, *(move.digest for move in reversed(moves))]
     shipped = packaged().get(name)
-    if shipped and reference in (name, f"{name}@{PACKAGED}"):
+    if shipped and base in (name, f"{name}@{PACKAGED}"):
         found.append(bundle.facts(shipped).digest)
     return list(dict.fromkeys(found))
 
 
 def read_manifest(reference: str, settings: Settings) -> Manifest:
     """What `open_model` would give, without downloading or checking any other file. Raises as it does."""
-    if reference.startswith("s3://"):
+    if reference.startswith("s3://") and "?" not in reference:
         return bundle.parse(open_url(reference, settings).get_bytes(MANIFEST))
     if _DIGEST.fullmatch(reference):
         if not any(bundle.facts(folder).digest.startswith(reference) for folder in packaged().values()):
@@ -259,12 +303,14 @@ def _published(digest: str, store: ObjectStore) -> Manifest:
     return bundle.parse(store.get_bytes(f"{_prefix(digest)}/{MANIFEST}"))
 
 
-def _open_folder(folder: Path) -> tuple[Path, Manifest]:
+def _open_folder(folder: Path, settings: Settings) -> tuple[Path, Manifest]:
     folder = folder.absolute()  # whoever opens it again, by its text or in another place, must not take "emoji" for a name
     if not folder.is_dir():
         raise NotFound(f"there is no folder {str(folder)!r}")
     if (folder / MANIFEST).is_file():
         return folder, bundle.read(folder)
+    if not loads_as_it_lies(folder):
+        return compose(folder, Changes(slug(folder.resolve().name)), settings.cache_dir)
     return folder, Manifest.from_diffusers(folder)
 
 
@@ -272,37 +318,22 @@ def _open_name(reference: str, settings: Settings) -> tuple[Path, Manifest]:
     name, pointer = split_reference(reference)
     shipped = packaged().get(name)
     if shipped and pointer == PACKAGED:
-        return _open_folder(shipped)
+        return _open_folder(shipped, settings)
     store = open_store(settings, "models")
     moves = history(name, pointer, store)
     if moves:
         return download(current(moves).digest, store, settings.cache_dir)
     if shipped and reference == name:
-        return _open_folder(shipped)
+        return _open_folder(shipped, settings)
     known = sorted({f"{entry.name}@{entry.pointer}" for entry in listing(store)})
     raise NotFound(f"model {reference!r} is not known; known are: {', '.join(known) or 'none'}")
 
 
 def _download(store: ObjectStore, prefix: str, digest: str, cache: Path) -> tuple[Path, Manifest]:
-    target = cache.absolute() / "bundles" / digest.removeprefix("sha256:")
-    if manifest := _intact(target):
-        return target, manifest
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
-    try:
-        _fetch(store, prefix, digest, part / "new")
-        if target.exists():  # damaged: out of the way
-            target.rename(part / "old")
-        (part / "new").rename(target)
-    except OSError:
-        if not _intact(target):  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target, bundle.read(target, verify=False)
+    return cached.find(cache, digest) or cached.keep(cache, lambda folder: _fetch(store, prefix, digest, folder))
 
 
-def _fetch(store: ObjectStore, prefix: str, digest: str, folder: Path) -> None:
+def _fetch(store: ObjectStore, prefix: str, digest: str, folder: Path) -> Manifest:
     """All files of a bundle. Raises CorruptArtifact when they are not that bundle."""
     store.get_file(f"{prefix}{MANIFEST}", folder / MANIFEST)
     manifest = bundle.read(folder, verify=False)
@@ -311,11 +342,4 @@ def _fetch(store: ObjectStore, prefix: str, digest: str, folder: Path) -> None:
     for name in manifest.files:
         store.get_file(f"{prefix}{name}", folder / name)
     bundle.check(folder, manifest)
-
-
-def _intact(folder: Path) -> Manifest | None:
-    """The manifest of a cached bundle, if its files are what it says."""
-    try:
-        return bundle.read(folder)
-    except SdxsError:
-        return None
+    return manifest

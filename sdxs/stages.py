@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sdxs import bundle, control
+from sdxs import bundle, control, weights
 from sdxs.control import Control
 from sdxs.errors import CorruptArtifact, InvalidRequest, PreconditionFailed
 from sdxs.image_to_image import Entry, Init, Levels, enter, no_levels
@@ -41,21 +41,18 @@ def _load(kind: Any, folder: Path, settings: Settings, unused: tuple[str, ...] =
     """A network for inference, weights laid out channels last, without its parts `unused`.
 
     Raises:
-        CorruptArtifact: a weight is missing, but for those beginning with `unused`; diffusers would draw it at random.
+        CorruptArtifact: the weights cannot be read, or one is missing, but for those beginning with `unused`.
         InvalidRequest: the settings name a GPU that is not there.
     """
     torch.set_num_threads(settings.torch_threads)
     device, dtype = place(settings)
     if kind.__name__ == "AutoencoderKL":  # overflows in float16 (SDXL's config says so itself), and is not what speed is about
         dtype = torch.float32
-    network, found = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(unused))
-    if missing:
-        raise CorruptArtifact(f"{folder.name} lacks {len(missing)} weights of its {kind.__name__}, among them {missing[0]}")
+    network = weights.load(kind, folder, dtype, unused)
     for part in unused:  # it may have no weights, and would take room on a GPU
         if hasattr(network, part.rstrip(".")):
             setattr(network, part.rstrip("."), None)
-    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return network.to(device, memory_format=torch.channels_last)
 
 
 class TextEncoder:

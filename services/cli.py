@@ -18,6 +18,7 @@ import typer
 from sdxs import registry
 from sdxs.client import Client
 from sdxs.errors import AlreadyExists, InvalidRequest, NotFound
+from sdxs.references import absolute
 from services.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def serve(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, name@pointer, sha256:digest, folder or s3:// bundle; again for more, the first is the default."
+            help="Name, name@pointer, sha256:digest, folder, s3:// bundle or hub id; again for more, the first is the default."
         ),
     ] = None,
     port: Annotated[
@@ -58,6 +59,8 @@ def serve(
     sdxs serve --local --port 9000            # the same in one process, on another port
     sdxs serve --model emoji@prod             # what the name points to in the store, also when it moves
     sdxs serve --model emoji --model scenes   # two, callers say which
+    sdxs serve --model owner/name@revision    # a one-step model of the Hugging Face hub, or a folder of one
+    sdxs serve --model "owner/name?vae=vae_large&controlnet=owner/sketch"
     sdxs serve --print-config > serve.yaml    # for `serve deploy` and RayService
     """
     args = app_args(model or (), fused_controlnet, config)
@@ -188,7 +191,7 @@ def app_args(models: Sequence[str], fused_controlnet: bool, file: Path | None = 
         said = _args_of(yaml.safe_load(file.read_text())) if file is not None else {}
         if models:
             said = {name: value for name, value in said.items() if name not in ("model", "models")}
-            references = [_absolute(model) for model in models]
+            references = [absolute(model) for model in models]  # replicas run in other folders
             said |= {"model": references[0]} if len(references) == 1 else {"models": references}
         if fused_controlnet:
             said["fused_controlnet"] = True
@@ -208,12 +211,6 @@ def _args_of(config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InvalidRequest("config", config, "a file that --print-config began, or its `args` alone")
     return config
-
-
-def _absolute(reference: str) -> str:
-    """Replicas run in other folders."""
-    is_folder = "://" not in reference and ("/" in reference or reference.startswith("."))
-    return str(Path(reference).absolute()) if is_folder else reference
 
 
 def serve_config(args: "AppArgs") -> str:

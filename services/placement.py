@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
+from sdxs.errors import InvalidRequest
+from sdxs.references import Reference, is_folder, likely_name
+
 STAGES = ("text_encoder", "unet", "controlnet", "decoder")
 
 
@@ -48,7 +51,7 @@ class ModelArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(min_length=1, description="name, name@pointer, sha256:digest, folder or s3:// bundle")
+    model: str = Field(min_length=1, description="name, name@pointer, sha256:digest, folder, s3:// bundle or hub id")
     text_encoder: Placement | None = None
     unet: Placement | None = None
     controlnet: Placement | None = None
@@ -81,7 +84,7 @@ class AppArgs(BaseModel):
     @model_validator(mode="after")
     def _is_served_once(self) -> "AppArgs":
         """Two pointers of one name would be two models of that name."""
-        names = [reference.partition("@")[0] if _is_name(reference) else reference for reference in self.references]
+        names = [_name(reference) for reference in self.references]
         twice = [reference for reference, name in zip(self.references, names, strict=True) if names.count(name) > 1]
         if twice:
             raise ValueError(f"models: got {', '.join(twice)}, allowed: each name once")
@@ -126,6 +129,10 @@ def _merged(shared: Placement, own: Placement | None) -> Placement:
     return shared if own is None else Placement(**dict(shared) | own.model_dump(exclude_unset=True))
 
 
-def _is_name(reference: str) -> bool:
-    """Not a folder, a URL or a digest."""
-    return not any(mark in reference for mark in "/:") and not reference.startswith(".")
+def _name(reference: str) -> str:
+    """Of the model, where the reference says it; else the reference."""
+    try:
+        asked = Reference.parse(reference)
+    except InvalidRequest as error:
+        raise ValueError(f"model: {error}") from error
+    return asked.name or (reference if is_folder(asked.base) or ":" in asked.base else likely_name(reference))

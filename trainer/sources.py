@@ -11,15 +11,14 @@ from urllib.parse import urlparse
 import diffusers.utils.logging
 import transformers.utils.logging
 
-from sdxs.errors import InvalidRequest, NotFound, PermissionDenied, Unavailable
+from sdxs.errors import InvalidRequest, NotFound
+from sdxs.hub import HubId, snapshot
 from sdxs.settings import Settings
 from sdxs.store import open_url
 from trainer.recipe import digest
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-UNWANTED = ["*.bin", "*.ckpt", "*.msgpack"]  # weights that exist as safetensors too, or run code when loaded
-DUPLICATES = ["*.fp16*", "*non_ema*"]  # of the plain weights, where these are there
 WANTED = [f"{part}*/*" for part in PARTS] + ["model_index.json"]
 
 
@@ -79,55 +78,9 @@ def _elsewhere(what: str, source: str, wanted: list[str]) -> Path:
         return Path(source)
     if source.startswith("s3://"):
         return _from_s3(what, source)
-    owner, _, name = source.partition("/")
-    if owner and name and "/" not in name and owner not in (".", ".."):
-        return _from_hub(what, source, wanted)
-    raise _nowhere(what, source)
-
-
-def _nowhere(what: str, source: str) -> NotFound:
-    return NotFound(f"{what} {source!r}: neither a folder, an s3:// address, a hub id (owner/name), nor an embedded {what}")
-
-
-def _from_hub(what: str, source: str, wanted: list[str]) -> Path:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name, _, revision = source.partition("@")
-    try:
-        return _download(name, revision or None, wanted)
-    except HFValidationError as error:
-        raise _nowhere(what, source) from error
-    except GatedRepoError as error:
-        raise PermissionDenied(f"{what} {source!r}: the hub gives it only to those who asked for it; set HF_TOKEN") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise NotFound(
-            f"{what} {source!r}: no such folder, and the hub has none or does not show it without HF_TOKEN"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise NotFound(f"{what} {source!r}: no such folder, not downloaded yet, and the hub cannot be reached") from error
-    except HfHubHTTPError as error:
-        raise Unavailable(f"{what} {source!r}: the hub said {error}") from error
-
-
-def _download(name: str, revision: str | None, wanted: list[str]) -> Path:
-    """A snapshot with one form of each network's weights: the plain one, or what there is where that is missing."""
-    from huggingface_hub import snapshot_download
-
-    ignored = [*UNWANTED, *DUPLICATES]
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
-    networks = [path.parent for path in folder.glob("**/config.json")]
-    bare = [network for network in networks if not any(network.glob("*.safetensors"))]
-    if bare:
-        more = [(network / "*.safetensors*").relative_to(folder).as_posix() for network in bare]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=more, ignore_patterns=UNWANTED))
-    return folder
+    if HubId.parse(source):
+        return snapshot(what, source, wanted)
+    raise NotFound(f"{what} {source!r}: neither a folder, an s3:// address, a hub id (owner/name), nor an embedded {what}")
 
 
 def _from_s3(what: str, source: str) -> Path:

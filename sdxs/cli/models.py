@@ -43,7 +43,7 @@ def list_models(as_json: AsJson = False) -> None:
 
 @app.command()
 def show(
-    model: Annotated[str, typer.Argument(help="name, name@pointer, sha256:digest or folder.")], as_json: AsJson = False
+    model: Annotated[str, typer.Argument(help="name, name@pointer, sha256:digest, folder or hub id.")], as_json: AsJson = False
 ) -> None:
     """A bundle's facts: sizes, one-step constants, metrics, lineage.
 
@@ -69,13 +69,20 @@ def show(
 
 
 @app.command()
-def publish(folder: Annotated[Path, typer.Argument(help="A sealed bundle folder.")]) -> None:
+def publish(
+    model: Annotated[
+        str, typer.Argument(help="A bundle's folder, one as diffusers or others publish it, or a hub id; see options of serve.")
+    ],
+) -> None:
     """Upload a bundle to the store; prints its digest.
 
     \b
     sdxs models publish out/emoji
+    sdxs models publish "owner/name@revision?controlnet=owner/sketch&name=drawn"
     """
-    typer.echo(registry.publish(folder, open_store(Settings(), "models")).digest)
+    settings = Settings()
+    folder, _ = registry.open_sealed(Path(model) if Path(model).is_dir() else model, settings)
+    typer.echo(registry.publish(folder, open_store(settings, "models")).digest)
 
 
 @app.command()

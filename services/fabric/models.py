@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sdxs.bundle import Manifest
+from sdxs.references import likely_name
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Wanted:
     def name(self) -> str:
         """The name of its model, as far as it is known."""
         known = self.version or self.standing
-        return known.model.name if known else self.reference.partition("@")[0]
+        return known.model.name if known else likely_name(self.reference)
 
 
 Plan = tuple[Wanted, ...]

@@ -59,11 +59,17 @@ class Pointer:
         self.error = ""
         """Why what it means now was not found; `found` stays what it was."""
         self._settings = settings
+        self._moves = registry.moves(reference)
         self._failed = ""
         self._pause = Pause()
 
     def look(self) -> bool:
-        """Whether it means another bundle than before, which has then been opened, file by file. Blocks; raises nothing."""
+        """Whether it means another bundle than before, which has then been opened, file by file. Blocks; raises nothing.
+
+        One that does not move is looked at until it is found, and a hub that is away not each second.
+        """
+        if not self._moves and (self.found is not None or not self._pause.over):
+            return False
         source = ""
         try:
             pins = registry.pins(self.reference, self._settings)

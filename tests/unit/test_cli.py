@@ -16,6 +16,7 @@ from PIL import Image
 from sdxs import bundle, cli, images
 from sdxs.pipeline import OneStepPipeline
 from sdxs.settings import Settings
+from tests import published
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_several_images_are_numbered(tiny_bundle: Path, tmp_path: Path, monkeypa
         (["models", "show", "sha256:" + "0" * 64], 3, "not in the store"),
         (["models", "promote", "tiny", "sha256:12"], 2, "digest"),
         (["models", "rollback", "tiny"], 5, "no earlier bundle"),
-        (["models", "publish", "/nowhere"], 3, "bundle.json"),
+        (["models", "publish", "/nowhere"], 3, "there is no folder '/nowhere'"),
         (["serve", "--port", "99999"], 2, "'--port': Input should be less than or equal to 65535"),
         (["serve", "--port", "0"], 2, "'--port': Input should be greater than or equal to 1"),
         (["eval", "emoji", "--images", "0"], 2, "'--images': Input should be greater than or equal to 2"),
@@ -130,6 +131,26 @@ def test_a_bundles_life(
     assert digests[0][-12:] in text.replace("\n", "").replace(" ", "")
     sdxs(monkeypatch, "models", "list")
     assert digests[0][:19] in capsys.readouterr().out
+
+
+def test_a_plain_folder_is_published_as_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a path or without a slash, with its own name or another; nothing is written into it."""
+    folder = published.dreamshaper(tmp_path / "dream")
+    before = sorted(folder.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    digests = []
+    for argument in ("dream", "./dream", str(folder), "./dream?vae=vae_large&name=large"):
+        capsys.readouterr()
+        assert sdxs(monkeypatch, "models", "publish", argument) == 0
+        digests.append(capsys.readouterr().out.strip())
+    assert len(set(digests[:3])) == 1 and digests[3] != digests[0]
+    assert sorted(folder.rglob("*")) == before
+    for name, digest in (("dream", digests[0]), ("large", digests[3])):
+        assert sdxs(monkeypatch, "models", "promote", name, digest) == 0
+    sdxs(monkeypatch, "models", "show", "large", "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["name"] == "large"
 
 
 WITHOUT_TORCH = """

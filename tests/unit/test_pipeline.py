@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,13 @@ def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(CorruptArtifact, match=r"unet lacks 1 weights of its UNet2DConditionModel, among them conv_in\.weight"):
         OneStepPipeline.from_bundle(folder)
+
+
+def test_threads_may_load_at_once(tiny_bundle: Path) -> None:
+    """As a server does with two models. The libraries make modules without memory for a moment, in whichever thread."""
+    with ThreadPoolExecutor(8) as threads:
+        loaded = list(threads.map(lambda _: OneStepPipeline.from_bundle(tiny_bundle), range(24)))
+    assert len({pipeline("red apple", seed=1)[0].tobytes() for pipeline in loaded}) == 1
 
 
 def test_an_unknown_decoder_class_is_refused(tmp_path: Path) -> None:
