@@ -108,31 +108,23 @@ def _wrapped(network: Any) -> Iterator[Any]:
 
 
 def _part(weights: LoraWeights, prefix: str, network: Any) -> Part:
-    """For one network: names and configuration as diffusers makes them (loaders/peft.py, loaders/lora_base.py)."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    """For one network."""
+    # A level of names that transformers 5 took away.
+    strip = "" if prefix == "unet" or hasattr(network, "text_model") else "text_model."
 
-    named = {name.removeprefix(f"{prefix}."): value for name, value in weights.tensors.items()}
-    if prefix != "unet":
-        named = convert_state_dict_to_peft(convert_state_dict_to_diffusers(named))
-    elif not any(".lora_A." in name for name in named):
-        named = convert_unet_state_dict_to_peft(named)
-    strip = (
-        "" if prefix == "unet" or hasattr(network, "text_model") else "text_model."
-    )  # a level of names that transformers 5 took away
-    tensors = {name.removeprefix(strip): value.to(network.device, network.dtype) for name, value in named.items()}
-    told = {
-        kind: {
+    def own(entries: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {
             name.removeprefix(f"{prefix}.").removeprefix(strip): value
             for name, value in (entries or {}).items()
             if name.startswith(f"{prefix}.")
         }
-        for kind, entries in (("config", weights.config), ("alphas", weights.alphas))
-    }
-    return Part(_config(tensors, told["alphas"], told["config"], prefix == "unet"), tensors)
+
+    tensors = {name: value.to(network.device, network.dtype) for name, value in own(weights.tensors).items()}
+    return Part(_config(tensors, own(weights.alphas), own(weights.config), prefix == "unet"), tensors)
 
 
 def _config(tensors: Mapping[str, Tensor], alphas: Mapping[str, float], told: Mapping[str, Any], is_unet: bool) -> Any:
-    """PEFT's, by what the file says of it, else by its ranks and alphas."""
+    """PEFT's, by what the file says, else by ranks and alphas, as diffusers does (loaders/peft.py, loaders/lora_base.py)."""
     from diffusers.utils import get_peft_kwargs
     from peft import LoraConfig
 
@@ -152,7 +144,7 @@ def _attach(name: str, part: Part, network: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
         inject_adapter_in_model(part.config, network, adapter_name=name, low_cpu_mem_usage=True, state_dict=dict(part.tensors))
-    found = set_peft_model_state_dict(network, dict(part.tensors), adapter_name=name, low_cpu_mem_usage=True)
+    found: Any = set_peft_model_state_dict(network, dict(part.tensors), adapter_name=name, low_cpu_mem_usage=True)
     lost = [*found.unexpected_keys, *(key for key in found.missing_keys if f".{name}." in key)]
     if lost:
         raise ValueError(f"{len(lost)} tensors of it have no place, among them {lost[0]}")

@@ -1,11 +1,13 @@
-"""Files of LoRAs: what diffusers and PEFT save, kohya's form too, read; and whether one fits a model's networks. Imports torch.
+"""Files of LoRAs: what diffusers and PEFT save, and kohya's form for SD 1.x and 2.x; and whether one fits a model. Imports torch.
 
-A LoRA's tensors go by diffusers' names here: the network, the layer, and which of its two matrices.
+A LoRA's tensors go by PEFT's names here, after that of the network: `unet.<layer>.lora_A.weight`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +19,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdxs.errors import InvalidRequest
+from sdxs.lora.published import FILE
 
-FILE = "pytorch_lora_weights.safetensors"
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 MAX_BYTES = 1 << 30
 MAX_RANK = 512
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps PEFT's configuration in a file."""
-MARKS = {
-    "down": (".lora_A.", ".lora.down.", ".lora_linear_layer.down.", ".lora_down."),
-    "up": (".lora_B.", ".lora.up.", ".lora_linear_layer.up.", ".lora_up."),
-}  # fmt: skip
-
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT = "base_model.model."
 _UNDERSTOOD = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora", "lora_bias")
 """Of PEFT's configuration. All else is about training."""
+
+_PART = re.compile(r"\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(\.weight)?)$")
 
 Sizes = tuple[torch.Size | None, torch.Size | None]
 
@@ -51,6 +50,16 @@ class LoraWeights:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 of what was read, whatever files it was in."""
+        told = json.dumps([dict(self.alphas or {}), dict(self.config or {})], sort_keys=True, default=str)
+        hashed = hashlib.sha256(told.encode())
+        for name, tensor in sorted(self.tensors.items()):
+            hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            hashed.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return hashed.hexdigest()
+
+    @property
     def rank(self) -> int:
         """The largest of any layer."""
         return max(down[0] for down, _ in layers(self.tensors).values() if down)
@@ -67,7 +76,7 @@ class LoraWeights:
         return LoraWeights(tensors, self.alphas, self.config)
 
 
-def read(path: Path, field: str = "lora.path", *, most: int = MAX_BYTES, unet_config: Any = None) -> LoraWeights:
+def read(path: Path, field: str = "lora.path", *, most: int = MAX_BYTES) -> LoraWeights:
     """A LoRA's file, or its folder.
 
     Args:
@@ -75,7 +84,6 @@ def read(path: Path, field: str = "lora.path", *, most: int = MAX_BYTES, unet_co
             the networks they are for.
         field: what it is called in errors.
         most: bytes of its files together.
-        unet_config: of the model; for kohya's files for SDXL, which number blocks otherwise.
 
     Raises:
         InvalidRequest: there is no such file, it is too large, or it is not a LoRA of a diffusion model.
@@ -87,7 +95,7 @@ def read(path: Path, field: str = "lora.path", *, most: int = MAX_BYTES, unet_co
     if (size := sum(file.stat().st_size for file in files)) > most:
         raise InvalidRequest(field, f"{size} bytes", f"a LoRA of at most {most} bytes")
     try:
-        weights = _of_folders(found) if found else _of_file(files[0], unet_config)
+        weights = _of_folders(found) if found else _of_file(files[0])
         fault = _fault(weights)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidRequest(field, str(path), f"a LoRA that diffusers reads ({error})") from error
@@ -111,12 +119,12 @@ def is_plain(path: Path) -> bool:
 
 def layers(tensors: Mapping[str, Tensor]) -> dict[str, Sizes]:
     """Each layer that a LoRA changes, its network first, with the shapes of its matrices, down and up."""
-    found: dict[str, dict[str, torch.Size]] = {}
+    shapes: dict[str, dict[str, torch.Size]] = {}
     for name, value in tensors.items():
-        for way, marks in MARKS.items():
-            for layer in (name.partition(mark)[0] for mark in marks if mark in name):
-                found.setdefault(layer, {})[way] = value.shape
-    return {layer: (shapes.get("down"), shapes.get("up")) for layer, shapes in found.items()}
+        layer, _, matrix = name.rpartition(".lora_")
+        if matrix in ("A.weight", "B.weight"):
+            shapes.setdefault(layer, {})[matrix[0]] = value.shape
+    return {layer: (found.get("A"), found.get("B")) for layer, found in shapes.items()}
 
 
 def misfits(weights: LoraWeights, networks: Mapping[str, nn.Module], *, elsewhere: Collection[str] = ()) -> Iterator[str]:
@@ -135,10 +143,7 @@ def misfits(weights: LoraWeights, networks: Mapping[str, nn.Module], *, elsewher
             fault = None if network in elsewhere else f"is of a network that this model does not have: {network!r}"
         if fault:
             yield f"{layer} {fault}"
-    known = [mark for marks in MARKS.values() for mark in marks]
-    yield from (
-        f"{name} is no part of a LoRA" for name in weights.tensors if not any(each in name for each in [*known, "magnitude"])
-    )
+    yield from (f"{name} is no part of a LoRA" for name in weights.tensors if not _PART.search(name))
 
 
 def check_fit(
@@ -186,7 +191,7 @@ def _check_file(file: Path, field: str) -> None:
         raise InvalidRequest(field, str(file), "a .safetensors file: other formats can run code when they are read")
 
 
-def _of_file(file: Path, unet_config: Any) -> LoraWeights:
+def _of_file(file: Path) -> LoraWeights:
     """By diffusers' own reader, which turns kohya's names into its own."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
@@ -197,14 +202,27 @@ def _of_file(file: Path, unet_config: Any) -> LoraWeights:
         raise ValueError("it has no tensor of one")
     if any("dora_scale" in name for name in names):
         raise ValueError("its DoRA scales are in kohya's form, which diffusers does not know")
-    tensors, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
-        load_file(file), unet_config=unet_config, use_safetensors=True
-    )
+    tensors, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(load_file(file), use_safetensors=True)
     prefixed = any(
         name.partition(".")[0] in NETWORKS for name in tensors
     )  # else it is of U-Nets alone, in diffusers' first form
     tensors = tensors if prefixed else {f"unet.{name}": value for name, value in tensors.items()}
-    return LoraWeights(tensors, alphas or None, None if alphas else _understood(config))
+    return LoraWeights(_in_pefts_names(tensors), alphas or None, None if alphas else _understood(config))
+
+
+def _in_pefts_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whatever diffusers called them before it had PEFT."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    found: dict[str, Tensor] = {}
+    for network in sorted({name.partition(".")[0] for name in tensors}):
+        part = {name.removeprefix(f"{network}."): tensor for name, tensor in tensors.items() if name.startswith(f"{network}.")}
+        if network != "unet":
+            part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
+        elif not any(".lora_A." in name for name in part):
+            part = convert_unet_state_dict_to_peft(part)
+        found |= {f"{network}.{name}": tensor for name, tensor in part.items()}
+    return found
 
 
 def _of_folders(folders: Mapping[str, Path]) -> LoraWeights:
