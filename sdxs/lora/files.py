@@ -138,7 +138,7 @@ def misfits(weights: LoraWeights, networks: Mapping[str, nn.Module], *, elsewher
     for layer, (down, up) in layers(weights.tensors).items():
         network, _, rest = layer.partition(".")
         if network in modules:
-            fault = _misfit(down, up, _module(modules[network], rest), network)
+            fault = _misfit(down, up, _module(modules[network], rest), "U-Net" if network == "unet" else "text encoder")
         else:
             fault = None if network in elsewhere else f"is of a network that this model does not have: {network!r}"
         if fault:

@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused_with_its_first_layer_and_their_number(
         tmp_path / "w.safetensors",
     )
     assert (
-        "attn1.to_k takes 64, the unet has 32" in wrong(pipeline, [Lora(style, 0.1), Lora(tmp_path / "w.safetensors")]).allowed
+        "attn1.to_k takes 64, the U-Net has 32" in wrong(pipeline, [Lora(style, 0.1), Lora(tmp_path / "w.safetensors")]).allowed
     )
     save_file(state | {"unet.time_embedding.extra": torch.ones(2)}, tmp_path / "extra.safetensors")
     assert "unet.time_embedding.extra is no part" in wrong(pipeline, [Lora(tmp_path / "extra.safetensors")]).allowed
