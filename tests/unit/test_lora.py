@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdxs import Lora, bundle
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.lora import files
+from sdxs.lora.published import FILE
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
 from tests.loras import diffusers_draws, peft_adapter, tiny_lora
@@ -53,7 +55,8 @@ def drawn(pipeline: OneStepPipeline, loras: list[tuple[Path, float]], seed: int 
     with pipeline.text_encoder.adapters.use(uses):
         text = pipeline.text_encoder.encode([PROMPT])
     with pipeline.unet.adapters.use(uses):
-        return pipeline.unet.denoise(noise_BCHW, text)[0]
+        found: np.ndarray = pipeline.unet.denoise(noise_BCHW, text)[0]
+    return found
 
 
 def expected(
@@ -82,7 +85,7 @@ def test_several_add_up_as_in_diffusers(model: Path, pipeline: OneStepPipeline, 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"rank_pattern": {"to_q": 5}, "alpha_pattern": {"to_k": 1}}])
 def test_what_the_configuration_says_counts(
-    model: Path, pipeline: OneStepPipeline, tmp_path: Path, options: dict[str, object]
+    model: Path, pipeline: OneStepPipeline, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     made = tiny_lora(model, tmp_path, seed=4, text=(), **options)
     assert np.abs(drawn(pipeline, [(made, 1.0)]) - expected(pipeline, model, [(made, 1.0)])).max() < 1e-4
@@ -91,7 +94,7 @@ def test_what_the_configuration_says_counts(
 def test_a_file_without_a_configuration_goes_by_its_ranks(
     model: Path, pipeline: OneStepPipeline, style: Path, tmp_path: Path
 ) -> None:
-    save_file(load_file(style / files.FILE), tmp_path / "plain.safetensors")
+    save_file(load_file(style / FILE), tmp_path / "plain.safetensors")
     plain = tmp_path / "plain.safetensors"
     found = drawn(pipeline, [(plain, 1.0)])
     assert np.abs(found - expected(pipeline, model, [(plain, 1.0)])).max() < 1e-4
@@ -100,7 +103,7 @@ def test_a_file_without_a_configuration_goes_by_its_ranks(
 
 def test_kohyas_names_and_alphas_are_read(model: Path, pipeline: OneStepPipeline, style: Path, tmp_path: Path) -> None:
     kohya: dict[str, torch.Tensor] = {}
-    for name, value in load_file(style / files.FILE).items():
+    for name, value in load_file(style / FILE).items():
         if "attn1.to_q" in name or "text_encoder" in name:
             layer, _, matrix = name.partition(".lora")
             network, _, rest = layer.partition(".")
@@ -162,7 +165,7 @@ def wrong(pipeline: OneStepPipeline, loras: list[Lora]) -> InvalidRequest:
 def test_what_does_not_fit_is_refused_with_its_first_layer_and_their_number(
     model: Path, pipeline: OneStepPipeline, style: Path, tmp_path: Path
 ) -> None:
-    state = load_file(style / files.FILE)
+    state = load_file(style / FILE)
     renamed = {name.replace("up_blocks.0", "up_blocks.7"): value for name, value in state.items()}
     save_file(renamed, tmp_path / "blocks.safetensors")
     error = wrong(pipeline, [Lora(tmp_path / "blocks.safetensors")])
@@ -201,7 +204,7 @@ def test_files_that_are_no_loras_are_refused(style: Path, tmp_path: Path) -> Non
     disguised = tmp_path / "lora.safetensors"
     disguised.write_bytes(pickled.read_bytes())
     cut = tmp_path / "cut.safetensors"
-    cut.write_bytes((style / files.FILE).read_bytes()[:-9])
+    cut.write_bytes((style / FILE).read_bytes()[:-9])
     others = tmp_path / "others.safetensors"
     save_file({"conv_in.weight": torch.ones(2, 2)}, others)
     high = tmp_path / "high.safetensors"
