@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.lora import Lora, check_distinct, check_number, check_scale, published
 from sdxs.lora.adapters import Adapters, Use
@@ -45,13 +47,13 @@ class Loras:
         self._attached: OrderedDict[str, None] = OrderedDict()
 
     def uses(self, asked: Sequence[Lora]) -> list[Use]:
-        """Them, attached, as `Adapters.use` takes them. Raises InvalidRequest, NotFound and CorruptArtifact that name the field."""
+        """Them, attached, as `Adapters.use` takes them, with the scale that a message would carry. Raises InvalidRequest, NotFound and CorruptArtifact that name the field."""
         opened = self._open(asked)
         for i, each in enumerate(opened):
             self._attach(each, f"loras[{i}].name")
         for digest in list(self._attached)[: max(0, len(self._attached) - max(_KEPT, len(opened)))]:
             self._forget(digest)
-        return [(_key(each.digest), lora.scale) for each, lora in zip(opened, asked, strict=True)]
+        return [(_key(each.digest), float(np.float32(lora.scale))) for each, lora in zip(opened, asked, strict=True)]
 
     def applied(self, asked: Sequence[Lora]) -> list[Applied]:
         """What they are, for a receipt. Raises as `uses`."""
