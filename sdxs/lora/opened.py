@@ -47,7 +47,10 @@ class Loras:
         self._attached: OrderedDict[str, None] = OrderedDict()
 
     def uses(self, asked: Sequence[Lora]) -> list[Use]:
-        """Them, attached, as `Adapters.use` takes them, with the scale that a message would carry. Raises InvalidRequest, NotFound and CorruptArtifact that name the field."""
+        """Them, attached, as `Adapters.use` takes them, with the scale that a message would carry.
+
+        Raises InvalidRequest and NotFound that name the field, and CorruptArtifact.
+        """
         opened = self._open(asked)
         for i, each in enumerate(opened):
             self._attach(each, f"loras[{i}].name")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from sdxs import Lora
 from sdxs.client import Client
-from sdxs.conversation import Drawn
 from sdxs.control import Control
+from sdxs.conversation import Drawn
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.lora import published
 from sdxs.lora.manifest import LoraManifest
@@ -180,7 +179,7 @@ def test_streams_take_them_up_and_put_them_down(client: Client, pipeline: OneSte
             if look:
                 stream.configure(**look)
             stream.send()
-            [drawn] = [event for event in itertools.islice((e for e in stream if isinstance(e, Drawn)), 1)]
+            drawn = next(event for event in stream if isinstance(event, Drawn))
             assert drawn.image.data == here(pipeline, expected).astype(np.uint8).tobytes()
 
 
@@ -254,7 +253,7 @@ def test_what_does_not_fit_is_refused_and_harms_nobody(
             assert error.value.field == "loras[1].name" and "loras[1].name" in str(error.value)
     served = client.generate(PROMPT, seed=5, format="raw", loras=[Lora(BOTH)])
     assert served.images[0].data == here(pipeline, [Lora(BOTH)]).astype(np.uint8).tobytes()
-    with pytest.raises(InvalidRequest, match="does not fit|do not fit|no such layer|takes"):
+    with pytest.raises(InvalidRequest, match="more do not fit"):
         publish(tmp_path / "wide.safetensors", "wide", str(control_bundle), settings)
 
 
