@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdxs.client import AsyncClient, Client
     from sdxs.control import Control
+    from sdxs.lora import Lora
     from sdxs.pipeline import OneStepPipeline
     from sdxs.settings import Settings
 
-__all__ = ["AsyncClient", "Client", "Control", "OneStepPipeline", "Settings"]
+__all__ = ["AsyncClient", "Client", "Control", "Lora", "OneStepPipeline", "Settings"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncClient": "sdxs.client",
     "Client": "sdxs.client",
     "Control": "sdxs.control",
+    "Lora": "sdxs.lora",
     "OneStepPipeline": "sdxs.pipeline",
     "Settings": "sdxs.settings",
 }

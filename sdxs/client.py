@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 from sdxs import rpc, uploads
 from sdxs.control import Control
 from sdxs.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from sdxs.lora import Lora
 from sdxs.v1 import decoder_pb2, gateway_pb2
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Options(TypedDict, total=False):
     strength: float
     init_image_uri: str
     """In place of `init_image`; see Client.upload."""
+    loras: Sequence[Lora]
+    """Published LoRAs, by name or digest."""
 
 
 class JobOptions(Options, total=False):
@@ -208,6 +211,11 @@ class Client:
         answer = self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
         return list(gateway_pb2.ListModelsResponse.FromString(answer).models)
 
+    def list_loras(self, model: str = "", timeout: float = 10.0) -> list[gateway_pb2.PublishedLora]:
+        """The LoRAs that requests may name, those made for one model or all. Raises SdxsError."""
+        answer = self._call("ListLoras", gateway_pb2.ListLorasRequest(model=model), timeout)
+        return list(gateway_pb2.ListLorasResponse.FromString(answer).loras)
+
     def ready(self, timeout: float = 2.0) -> bool:
         """Whether the server says SERVING."""
         check: Any = self._channel.unary_unary(_HEALTH)
@@ -344,6 +352,11 @@ class AsyncClient:
         answer = await self._call("ListModels", gateway_pb2.ListModelsRequest(), timeout)
         return list(gateway_pb2.ListModelsResponse.FromString(answer).models)
 
+    async def list_loras(self, model: str = "", timeout: float = 10.0) -> list[gateway_pb2.PublishedLora]:  # noqa: ASYNC109
+        """See Client.list_loras."""
+        answer = await self._call("ListLoras", gateway_pb2.ListLorasRequest(model=model), timeout)
+        return list(gateway_pb2.ListLorasResponse.FromString(answer).loras)
+
     async def ready(self, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
         """See Client.ready."""
         check: Any = self._channel.unary_unary(_HEALTH)
@@ -380,6 +393,7 @@ def request(prompt: str, options: Options) -> gateway_pb2.GenerateRequest:
         if not isinstance(control, Control):
             raise InvalidRequest(f"controls[{i}]", control, "an sdxs.control.Control")
         fill(message.controls.add(), asdict(control), f"controls[{i}].")
+    add_loras(message, fields.pop("loras", None))
     if "format" in options:
         fields["format"] = choice("format", options["format"], decoder_pb2.ImageFormat, "IMAGE_FORMAT_")
     fill(message, fields)
@@ -411,6 +425,14 @@ def job_page(states: Sequence[str], page_size: int, page_token: str) -> gateway_
     fill(message, {"page_size": page_size, "page_token": page_token})
     message.states.extend(choice("states", name, gateway_pb2.JobState, "JOB_STATE_") for name in states)
     return message
+
+
+def add_loras(message: Any, loras: Any) -> None:
+    """To the message's list of that name. Raises InvalidRequest as `request` does."""
+    for i, lora in enumerate(loras or ()):
+        if not isinstance(lora, Lora):
+            raise InvalidRequest(f"loras[{i}]", lora, "an sdxs.Lora")
+        fill(message.loras.add(), asdict(lora), f"loras[{i}].")
 
 
 def fill(message: Message, fields: dict[str, Any], prefix: str = "") -> None:

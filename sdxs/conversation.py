@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 from sdxs import rpc
-from sdxs.client import Image, choice, fill, image_of
+from sdxs.client import Image, add_loras, choice, fill, image_of
 from sdxs.control import Control
 from sdxs.errors import InvalidRequest, PreconditionFailed, SdxsError
+from sdxs.lora import Lora
 from sdxs.v1 import control_pb2, decoder_pb2, stream_pb2
 
 
@@ -28,6 +29,8 @@ class Look(TypedDict, total=False):
     init_image: bytes
     """Empty bytes take it away."""
     strength: float
+    loras: Sequence[Lora]
+    """An empty list takes them away."""
 
 
 class FrameOptions(TypedDict, total=False):
@@ -89,6 +92,8 @@ def merged(settings: stream_pb2.StreamSettings, changes: stream_pb2.StreamSettin
     found.CopyFrom(settings)
     if changes.HasField("controls"):
         found.ClearField("controls")  # protobuf would append to the list
+    if changes.HasField("loras"):
+        found.ClearField("loras")
     found.MergeFrom(changes)
     return found
 
@@ -99,6 +104,9 @@ def settings_of(look: Look) -> stream_pb2.StreamSettings:
     if "controls" in fields:
         message.controls.SetInParent()
         _add_controls(message.controls, fields.pop("controls"))
+    if "loras" in fields:
+        message.loras.SetInParent()
+        add_loras(message.loras, fields.pop("loras"))
     if "format" in look:
         fields["format"] = choice("format", look["format"], decoder_pb2.ImageFormat, "IMAGE_FORMAT_")
     fill(message, fields)

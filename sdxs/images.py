@@ -101,6 +101,16 @@ def steering(controls: Iterable[Control | control_pb2.Control], init_image: byte
     return facts
 
 
+def styles(loras: Iterable[Any]) -> dict[str, Any]:
+    """A receipt's part on LoRAs; empty without any.
+
+    Args:
+        loras: each with its name, digest and scale.
+    """
+    found = [{"name": lora.name, "digest": lora.digest, "scale": _decimal(lora.scale)} for lora in loras]
+    return {"loras": found} if found else {}
+
+
 def _applied(control: Control | control_pb2.Control) -> dict[str, Any]:
     """What was asked for, and the digest of the file as it came."""
     flags = {name: True for name in ("guess", "preprocessed") if getattr(control, name)}

@@ -17,6 +17,9 @@ from sdxs.bundle import Manifest
 from sdxs.control import Control, check_scale, fit, map_of, read_image
 from sdxs.errors import InvalidRequest, PreconditionFailed
 from sdxs.image_to_image import Init, check_strength
+from sdxs.lora import Lora
+from sdxs.lora.adapters import Use
+from sdxs.lora.opened import Loras
 from sdxs.noise import image_seeds, latent_noise
 from sdxs.prompts import Prompts
 from sdxs.residuals import Residuals
@@ -38,13 +41,14 @@ class OneStepPipeline:
     ) -> None:
         self.manifest, self.text_encoder, self.unet, self.decoder = manifest, text_encoder, unet, decoder
         self.controlnets, self._encoder = controlnets, functools.cache(encoder or _no_encoder)
+        self.loras = Loras((text_encoder.adapters, unet.adapters))
 
     @classmethod
     def from_bundle(cls, reference: str | Path = "emoji", settings: Settings | None = None) -> OneStepPipeline:
         """Load a bundle by name, `name@pointer`, digest or folder; a Path is a folder. Raises NotFound, CorruptArtifact."""
         settings = settings or Settings()
         folder, manifest = registry.open_model(reference, settings)
-        return cls(
+        pipeline = cls(
             manifest,
             TextEncoder.from_bundle(folder, settings),
             UNet.from_bundle(folder, settings),
@@ -52,8 +56,10 @@ class OneStepPipeline:
             ControlNets.from_bundle(folder, settings) if manifest.controlnets else None,
             lambda: Encoder.from_bundle(folder, settings),
         )
+        pipeline.loras.settings = settings
+        return pipeline
 
-    def __call__(
+    def __call__(  # noqa: PLR0913  (one argument per field of a request)
         self,
         prompt: str | list[str],
         seed: int = 0,
@@ -61,6 +67,7 @@ class OneStepPipeline:
         controls: Sequence[Control] = (),
         init_image: bytes = b"",
         strength: float = 1.0,
+        loras: Sequence[Lora] = (),
     ) -> list[Image.Image]:
         """`n` images of each prompt. Image i of a prompt has seed + i, and is computed alone: the same bits whatever `n` is.
 
@@ -68,17 +75,21 @@ class OneStepPipeline:
             controls: images that each result follows; what several add to the U-Net is summed.
             init_image: a file to start from.
             strength: how far to go from it, from 0 (exclusive) to 1 (all the way).
+            loras: on the text encoder and the U-Net, not on ControlNets; what several change is summed.
 
         Raises:
-            InvalidRequest: something is out of range or cannot be read; names the field.
+            InvalidRequest: something is out of range, cannot be read or does not fit the model; names the field.
+            NotFound: there is no such LoRA.
             PreconditionFailed: the model has no image encoder, or a preprocessor is not installed.
         """
         if n < 1:
             raise InvalidRequest("n", n, "1 or more")
         conditions = [self._condition(control, f"controls[{i}]") for i, control in enumerate(controls)]
-        init = self._init(init_image, strength)
+        init, uses = self._init(init_image, strength), self.loras.uses(loras)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        return [Image.fromarray(self._paint(text, one, conditions, init)) for text in prompts for one in image_seeds(seed, n)]
+        return [
+            Image.fromarray(self._paint(text, one, conditions, init, uses)) for text in prompts for one in image_seeds(seed, n)
+        ]
 
     def generate(self, prompt: str, seed: int) -> np.ndarray:
         """One image of a prompt alone, uint8 (H, W, 3)."""
@@ -108,11 +119,16 @@ class OneStepPipeline:
         size = self.manifest.image_size
         return Init(self._encoder().encode(fit(read_image(init_image, "init_image"), size, size)[None])[0], strength)
 
-    def _paint(self, prompt: str, seed: int, conditions: Sequence[_Condition], init: Init | None) -> np.ndarray:
+    def _paint(
+        self, prompt: str, seed: int, conditions: Sequence[_Condition], init: Init | None, uses: Sequence[Use] = ()
+    ) -> np.ndarray:
         self.text_encoder.check(prompt)
-        noise_BCHW, text = latent_noise(seed, self.unet.latent_shape)[None], self.text_encoder.encode([prompt])
+        noise_BCHW = latent_noise(seed, self.unet.latent_shape)[None]
+        with self.text_encoder.adapters.use(uses):
+            text = self.text_encoder.encode([prompt])
         added = self._residuals(noise_BCHW, text, conditions, init)
-        latent_BCHW = self.unet.denoise(noise_BCHW, text, added, [init])
+        with self.unet.adapters.use(uses):
+            latent_BCHW = self.unet.denoise(noise_BCHW, text, added, [init])
         image: np.ndarray = self.decoder.decode(latent_BCHW)[0]
         return image
 

@@ -7,39 +7,25 @@ the pointer ever pointed at, written by compare-and-swap. `emoji@prod` is the po
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from sdxs import bundle, cached, hub, published
-from sdxs.bundle import MANIFEST, NAME, Manifest, slug
+from sdxs import bundle, cached, hub, pointers, published
+from sdxs.bundle import MANIFEST, Manifest, slug
 from sdxs.compose import Changes, compose, loads_as_it_lies
-from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound, PreconditionFailed
+from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound
+from sdxs.pointers import Move, Pointers, current
 from sdxs.published import Published
 from sdxs.references import Reference, hub_id, is_folder, likely_name
 from sdxs.settings import Settings
 from sdxs.store import ObjectStore, open_store, open_url
 
-DEFAULT_POINTER = "prod"
+DEFAULT_POINTER = pointers.DEFAULT
 PACKAGED = "packaged"
-_BUNDLES, _NAMES = "bundles/", "names/"
-_NAME = re.compile(f"(?P<name>{NAME})(@(?P<pointer>{NAME}))?")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{12,64}")
-_TRIES = 20
-
-
-@dataclass(frozen=True)
-class Move:
-    """One bundle that a pointer was moved to; withdrawn when it was rolled back from."""
-
-    digest: str
-    at: str
-    withdrawn: bool = False
+_BUNDLES, _NAMES = "bundles/", "names/"  # those of LoRAs: sdxs.lora.published
+_NAME, _DIGEST = pointers.NAME, pointers.DIGEST
 
 
 @dataclass(frozen=True)
@@ -55,11 +41,8 @@ class Listed:
 
 def split_reference(reference: str) -> tuple[str, str]:
     """(name, pointer) of `name` or `name@pointer`. Raises InvalidRequest."""
-    match = _NAME.fullmatch(reference)
-    if not match:
-        allowed = "name, name@pointer, sha256:<12 to 64 hex digits>, s3://bucket/folder, a folder (with a / in it) or owner/name of the hub"
-        raise InvalidRequest("model", reference, allowed)
-    return match["name"], match["pointer"] or DEFAULT_POINTER
+    allowed = "name, name@pointer, sha256:<12 to 64 hex digits>, s3://bucket/folder, a folder (with a / in it) or owner/name of the hub"
+    return pointers.split(reference, "model", allowed)
 
 
 def publish(folder: Path, store: ObjectStore) -> Manifest:
@@ -80,7 +63,7 @@ def publish(folder: Path, store: ObjectStore) -> Manifest:
 
 def history(name: str, pointer: str, store: ObjectStore) -> list[Move]:
     """Where the pointer has been, oldest first; empty if it does not exist."""
-    return _read(name, pointer, store)[0]
+    return _names(store).history(name, pointer)
 
 
 def promote(name: str, digest: str, store: ObjectStore, pointer: str = DEFAULT_POINTER) -> str:
@@ -96,19 +79,8 @@ def promote(name: str, digest: str, store: ObjectStore, pointer: str = DEFAULT_P
         raise InvalidRequest("digest", digest, f"a bundle named {name!r}; this one is {manifest.name!r}")
     if pointer == PACKAGED:
         raise InvalidRequest("name", f"{name}@{pointer}", f"any pointer but {PACKAGED!r}")
-
-    def append(moves: list[Move]) -> list[Move]:
-        if moves and current(moves).digest == digest:
-            return moves
-        return [*moves, Move(digest, datetime.now(UTC).isoformat(timespec="seconds"))]
-
-    for _ in range(_TRIES):  # of two that promote at once, one is first and the other last; neither is lost
-        try:
-            _change(name, pointer, append, store)
-        except PreconditionFailed:
-            continue
-        return digest
-    raise PreconditionFailed(f"{name}@{pointer} keeps changing")
+    _names(store).promote(name, pointer, digest)
+    return digest
 
 
 def rollback(name: str, store: ObjectStore, pointer: str = DEFAULT_POINTER) -> str:
@@ -117,30 +89,12 @@ def rollback(name: str, store: ObjectStore, pointer: str = DEFAULT_POINTER) -> s
     Raises:
         PreconditionFailed: there is nothing to go back to, or someone else moved the pointer at this moment.
     """
-
-    def withdraw(moves: list[Move]) -> list[Move]:
-        standing = [i for i, move in enumerate(moves) if not move.withdrawn]
-        if len(standing) < 2:
-            raise PreconditionFailed(f"{name}@{pointer} has no earlier bundle to go back to")
-        last = standing[-1]
-        return [*moves[:last], replace(moves[last], withdrawn=True), *moves[last + 1 :]]
-
-    return current(_change(name, pointer, withdraw, store)).digest
-
-
-def current(moves: list[Move]) -> Move:
-    """What a pointer with this history points at."""
-    return [move for move in moves if not move.withdrawn][-1]
+    return _names(store).rollback(name, pointer)
 
 
 def whole_digest(digest: str, store: ObjectStore) -> str:
     """The one published digest that begins so. Raises NotFound when there is none or more than one."""
-    if not _DIGEST.fullmatch(digest):
-        raise InvalidRequest("digest", digest, "sha256: and 12 to 64 hex digits")
-    found = {key.removeprefix(_BUNDLES).split("/")[0] for key in store.list(_prefix(digest)) if key.endswith(f"/{MANIFEST}")}
-    if len(found) != 1:
-        raise NotFound(f"bundle {digest!r} is {'ambiguous' if found else 'not'} in the store")
-    return f"sha256:{found.pop()}"
+    return pointers.whole_digest(digest, store, _BUNDLES, MANIFEST, "bundle")
 
 
 def packaged() -> dict[str, Path]:
@@ -152,8 +106,7 @@ def packaged() -> dict[str, Path]:
 def listing(store: ObjectStore) -> list[Listed]:
     """Every pointer in the store, then the bundles that ship with the library."""
     found = []
-    for key in store.list(_NAMES):
-        name, pointer = key.removeprefix(_NAMES).removesuffix(".json").split("/")
+    for name, pointer in _names(store).all():
         move = current(history(name, pointer, store))
         found.append(Listed(name, pointer, move.digest, "store", move.at))
     for name, folder in packaged().items():
@@ -277,26 +230,8 @@ def _prefix(digest: str) -> str:
     return _BUNDLES + digest.removeprefix("sha256:")
 
 
-def _read(name: str, pointer: str, store: ObjectStore) -> tuple[list[Move], str | None]:
-    """A pointer's history, and the tag of what was read."""
-    key = f"{_NAMES}{name}/{pointer}.json"
-    try:
-        data, tag = store.get_tagged(key)
-    except NotFound:
-        return [], None
-    try:
-        return [Move(**entry) for entry in json.loads(data)], tag
-    except (ValueError, TypeError) as error:
-        raise CorruptArtifact(f"{key}: {error}") from error
-
-
-def _change(name: str, pointer: str, edit: Callable[[list[Move]], list[Move]], store: ObjectStore) -> list[Move]:
-    """Replace a history by an edited one. Raises PreconditionFailed when someone else was faster."""
-    before, tag = _read(name, pointer, store)
-    after = edit(before)
-    if after != before:
-        store.put_if(f"{_NAMES}{name}/{pointer}.json", json.dumps([asdict(move) for move in after]).encode(), tag)
-    return after
+def _names(store: ObjectStore) -> Pointers:
+    return Pointers(store, _NAMES, "bundle")
 
 
 def _published(digest: str, store: ObjectStore) -> Manifest:

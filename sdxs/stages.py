@@ -17,6 +17,7 @@ from sdxs import bundle, control, weights
 from sdxs.control import Control
 from sdxs.errors import CorruptArtifact, InvalidRequest, PreconditionFailed
 from sdxs.image_to_image import Entry, Init, Levels, enter, no_levels
+from sdxs.lora.adapters import Adapters
 from sdxs.prompts import Prompts
 from sdxs.residuals import Residuals
 from sdxs.settings import Settings
@@ -60,6 +61,7 @@ class TextEncoder:
 
     def __init__(self, encoders: Sequence[tuple[CLIPTokenizer, Any]]) -> None:
         self.encoders = encoders
+        self.adapters = Adapters({f"text_encoder{'_2' * i}": network for i, (_, network) in enumerate(encoders)})
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> TextEncoder:
@@ -112,6 +114,7 @@ class UNet:
 
     def __init__(self, network: Any, manifest: bundle.Manifest, levels: Callable[[], Levels] = no_levels) -> None:
         self.network, self.constants, self.levels = network, manifest.one_step, functools.cache(levels)
+        self.adapters = Adapters({"unet": network})
         self.latent_shape = manifest.latent_shape
         self.text_shape = (manifest.max_prompt_tokens, manifest.text_width)
         self.pooled_width = manifest.pooled_width

@@ -31,6 +31,7 @@ from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
 from services.gateway.inputs import open_inputs
 from services.gateway.keeper import Keeper
+from services.gateway.loras import open_loras
 from services.gateway.service import DESCRIPTOR, GatewayService
 from services.gateway.table import Entry, ModelTable
 from services.settings import ServingSettings
@@ -52,7 +53,7 @@ async def serve_local(models: str | Sequence[str], settings: ServingSettings, fu
     references = [models] if isinstance(models, str) else list(models)
     found = await asyncio.to_thread(open_all, references, settings)
     cache = ByteCache(settings.prompt_cache_bytes)
-    table = ModelTable(settings.max_image_bytes)
+    table = ModelTable(settings.max_image_bytes, open_loras(settings))
     keeper = Keeper(table, functools.partial(_open, cache=cache, settings=settings, fused=fused))
     service = GatewayService(table, open_desk(settings), open_inputs(settings), settings)
     endpoint = Endpoint(DESCRIPTOR, service, settings.gateway_max_in_flight, settings.max_watchers)

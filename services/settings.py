@@ -46,6 +46,13 @@ class ServingSettings(Settings):
     handover_device: Literal["auto", "always", "never"] = "auto"
     """Whether residuals stay on the device: `auto` on a GPU, `always` on a CPU too, which gains nothing, `never` by the host's memory."""
 
+    max_loras: int = Field(16, ge=1)
+    """Most LoRAs that stay attached to the networks of a replica; those in use do, however many."""
+    lora_cache_bytes: int = Field(1 << 30, ge=0)
+    """Most bytes of theirs."""
+    max_lora_bytes: int = Field(512 << 20, gt=0)
+    """Largest LoRA that is loaded."""
+
     stream_max_sessions: int = Field(64, ge=1)
     """Most streams a gateway serves at a time."""
     stream_max_queued: int = Field(64, ge=0)

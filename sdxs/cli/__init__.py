@@ -19,6 +19,7 @@ COMMANDS = {
     "jobs": "List, show, watch and cancel jobs of a server; replay dead ones.",
     "artifacts": "List, show and sweep images of jobs and images that steer; upload some.",
     "models": "List, show, publish, promote and roll back bundles.",
+    "loras": "Publish, list and show LoRAs; move their names.",
     "train": "Run a recipe on Ray Train.",
     "eval": "Score a bundle beside its teacher.",
     "data": "Check a set of prompts or captioned images, row by row.",
@@ -32,6 +33,7 @@ EXTRAS = {
     "bench": "train",
     "data": "train",
     "generate": "model",
+    "loras": "model",
 }
 HELP = """Usage: sdxs COMMAND [ARGS]...
 

@@ -14,6 +14,7 @@ import typer
 from sdxs.control import TYPES, Control
 from sdxs.errors import InvalidRequest
 from sdxs.image_to_image import check_strength
+from sdxs.lora import Lora, check_scale
 from sdxs.noise import MAX_IMAGES, image_seeds
 from sdxs.settings import Settings
 
@@ -61,6 +62,12 @@ def generate(  # noqa: PLR0913  (one argument per option)
     strength: Annotated[
         float | None, typer.Option(help="How far to go from it: near 0 stays close, 1 goes all the way.  [default: 0.6]")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", help="LoRA and its scale, style:0.8; several are added up. Without --server also a file or folder."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Make images of PROMPT.
@@ -70,6 +77,7 @@ def generate(  # noqa: PLR0913  (one argument per option)
     sdxs generate "thumbs up dark skin tone" -o thumb.png --seed 7 -n 4
     sdxs generate "red apple" -o apple.png --control sketch.png --control-type sketch --scale 0.8
     sdxs generate "green apple" -o green.png --init-image apple.png --strength 0.6
+    sdxs generate "red apple" -o apple.png --lora watercolour:0.8 --lora ./out/style
     sdxs generate "red apple" -o apple.jpg --server 127.0.0.1:8500
     """
     if output.suffix.lower() not in SUFFIXES:
@@ -81,6 +89,7 @@ def generate(  # noqa: PLR0913  (one argument per option)
         init_image=start.image,
         init_image_uri=start.image_uri,
         strength=strength if strength is not None else 0.6 if init_image else 1.0,
+        loras=[_lora(text, server) for text in lora or []],
     )
     check_strength(steering.strength, start.image or start.image_uri.encode())
     began = time.perf_counter()
@@ -113,6 +122,7 @@ class Steering:
     init_image: bytes
     init_image_uri: str
     strength: float
+    loras: list[Lora]
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,21 @@ def _given(option: str, text: str, server: str | None) -> Given:
     return Given(image_uri=text)
 
 
+def _lora(text: str, server: str | None) -> Lora:
+    """`name:scale`, `sha256:digest:scale`, or without a scale. Raises InvalidRequest."""
+    name, colon, scale = text.rpartition(":")
+    if not colon or name == "sha256" or "/" in scale:
+        name, scale = text, "1"
+    try:
+        found = Lora(name, float(scale))
+    except ValueError:
+        raise InvalidRequest("lora", text, "a name, or a name and a number: style:0.8") from None
+    check_scale(found.scale, "lora")
+    if server is not None and "/" in name:
+        raise InvalidRequest("lora", text, "with --server the name or the digest of a published LoRA")
+    return found
+
+
 def _read(option: str, path: Path) -> bytes:
     """Raises InvalidRequest where there is no such file."""
     try:
@@ -181,10 +206,14 @@ def _write(paths: list[Path], files: list[bytes]) -> None:
             raise InvalidRequest("output", str(path), f"a file that can be written ({error.strerror})") from error
 
 
-def _in_process(request: Request) -> list[bytes]:
-    # Said before the import of the libraries, which read it then: no network, and nothing printed beside the result.
+def quiet() -> None:
+    """Said before the import of the libraries, which read it then: no network, and nothing printed beside the result."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def _in_process(request: Request) -> list[bytes]:
+    quiet()
     import numpy as np
 
     from sdxs import images, registry
@@ -194,9 +223,12 @@ def _in_process(request: Request) -> list[bytes]:
     from sdxs.pipeline import OneStepPipeline
 
     pipeline, steering = OneStepPipeline.from_bundle(folder, settings), request.steering
-    made = pipeline(request.prompt, request.seed, request.n, steering.controls, steering.init_image, steering.strength)
+    made = pipeline(
+        request.prompt, request.seed, request.n, steering.controls, steering.init_image, steering.strength, steering.loras
+    )
     name, digest = pipeline.manifest.name, pipeline.manifest.digest
     facts = images.steering(pipeline.named(steering.controls), steering.init_image, steering.strength)
+    facts |= images.styles(pipeline.loras.applied(steering.loras))
     receipts = [images.receipt(request.prompt, one, name, digest, facts) for one in image_seeds(request.seed, request.n)]
     return [
         images.encode(np.asarray(image), images.NAMES[request.kind], receipt)
@@ -217,6 +249,8 @@ def _from_server(request: Request, server: str) -> list[bytes]:
     steering = request.steering
     if steering.controls:
         options["controls"] = steering.controls
+    if steering.loras:
+        options["loras"] = steering.loras
     if steering.init_image or steering.init_image_uri:
         start: Options = {"init_image": steering.init_image, "init_image_uri": steering.init_image_uri}
         options |= {**start, "strength": steering.strength}

@@ -25,11 +25,12 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from sdxs.v1 import control_pb2 as sdxs_dot_v1_dot_control__pb2
 from sdxs.v1 import decoder_pb2 as sdxs_dot_v1_dot_decoder__pb2
+from sdxs.v1 import lora_pb2 as sdxs_dot_v1_dot_lora__pb2
 from sdxs.v1 import stage_pb2 as sdxs_dot_v1_dot_stage__pb2
 from sdxs.v1 import stream_pb2 as sdxs_dot_v1_dot_stream__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/gateway.proto\x12\x07sdxs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/stream.proto\"\xa7\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12$\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\"\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\n \x01(\x0c\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x01\x88\x01\x01\x12\x16\n\x0einit_image_uri\x18\r \x01(\tB\x07\n\x05_seedB\x0b\n\t_strength\"U\n\x10GenerateResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12!\n\x07receipt\x18\x02 \x01(\x0b\x32\x10.sdxs.v1.Receipt\"\x82\x03\n\x07Receipt\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x12\n\nunet_batch\x18\x07 \x01(\r\x12\x15\n\rdecoder_batch\x18\x08 \x01(\r\x12\x15\n\rdeterministic\x18\t \x01(\x08\x12\x0f\n\x07seconds\x18\n \x01(\x01\x12\x18\n\x10\x63ontrolnet_batch\x18\x0b \x01(\r\x12)\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x17.sdxs.v1.AppliedControl\x12\x19\n\x11init_image_sha256\x18\r \x01(\t\x12\x10\n\x08strength\x18\x0e \x01(\x02\x12\"\n\x06stages\x18\x10 \x03(\x0b\x32\x12.sdxs.v1.StageTime\x12\x19\n\x11job_queue_seconds\x18\x11 \x01(\x01\x12\x10\n\x08software\x18\x12 \x01(\t\"|\n\x0e\x41ppliedControl\x12\x12\n\ncontrolnet\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\r\n\x05guess\x18\x04 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x05 \x01(\x08\x12\x14\n\x0cimage_sha256\x18\x06 \x01(\t\"\xba\x01\n\x10SubmitJobRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12*\n\x08requests\x18\x04 \x03(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x13\n\x0bwebhook_url\x18\x05 \x01(\t\"E\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xac\x03\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x03 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.sdxs.v1.JobError\x12\x12\n\ndeliveries\x18\x06 \x01(\r\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12\x10\n\x08position\x18\n \x01(\r\x12&\n\x08progress\x18\x0b \x01(\x0b\x32\x14.sdxs.v1.JobProgress\x12\x1f\n\x05items\x18\x0c \x03(\x0b\x32\x10.sdxs.v1.JobItem\x12\x0e\n\x06tenant\x18\r \x01(\t\":\n\x0bJobProgress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\"\x93\x01\n\x07JobItem\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x02 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x03 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.sdxs.v1.JobError\"[\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12!\n\x06states\x18\x03 \x03(\x0e\x32\x11.sdxs.v1.JobState\"R\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.sdxs.v1.GetJobResponse\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x10WatchJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x11\x43\x61ncelJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"G\n\x13\x43reateUploadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"\xf5\x01\n\x14\x43reateUploadResponse\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x15\n\ralready_there\x18\x02 \x01(\x08\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0b\n\x03url\x18\x04 \x01(\t\x12;\n\x07headers\x18\x05 \x03(\x0b\x32*.sdxs.v1.CreateUploadResponse.HeadersEntry\x12/\n\x0burl_expires\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\x08JobImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0burl_expires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"8\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Model\"\xaf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12(\n\x0b\x63ontrolnets\x18\x06 \x03(\x0b\x32\x13.sdxs.v1.ControlNet\x12$\n\x06status\x18\x07 \x01(\x0b\x32\x14.sdxs.v1.ModelStatus\"h\n\x0bModelStatus\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.sdxs.v1.ModelState\x12\x11\n\treference\x18\x02 \x01(\t\x12\x13\n\x0bnext_digest\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\")\n\nControlNet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05types\x18\x02 \x03(\t*q\n\x0bJobPriority\x12\x1c\n\x18JOB_PRIORITY_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_PRIORITY_HIGH\x10\x01\x12\x17\n\x13JOB_PRIORITY_NORMAL\x10\x02\x12\x14\n\x10JOB_PRIORITY_LOW\x10\x03*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_SERVING\x10\x01\x12\x16\n\x12MODEL_STATE_ASLEEP\x10\x02\x12\x18\n\x14MODEL_STATE_STARTING\x10\x03\x12\x16\n\x12MODEL_STATE_BROKEN\x10\x04\x32\xeb\x04\n\x0eGatewayService\x12?\n\x08Generate\x12\x18.sdxs.v1.GenerateRequest\x1a\x19.sdxs.v1.GenerateResponse\x12\x42\n\tSubmitJob\x12\x19.sdxs.v1.SubmitJobRequest\x1a\x1a.sdxs.v1.SubmitJobResponse\x12\x39\n\x06GetJob\x12\x16.sdxs.v1.GetJobRequest\x1a\x17.sdxs.v1.GetJobResponse\x12?\n\x08ListJobs\x12\x18.sdxs.v1.ListJobsRequest\x1a\x19.sdxs.v1.ListJobsResponse\x12\x41\n\x08WatchJob\x12\x18.sdxs.v1.WatchJobRequest\x1a\x19.sdxs.v1.WatchJobResponse0\x01\x12\x42\n\tCancelJob\x12\x19.sdxs.v1.CancelJobRequest\x1a\x1a.sdxs.v1.CancelJobResponse\x12K\n\x0c\x43reateUpload\x12\x1c.sdxs.v1.CreateUploadRequest\x1a\x1d.sdxs.v1.CreateUploadResponse\x12\x45\n\nListModels\x12\x1a.sdxs.v1.ListModelsRequest\x1a\x1b.sdxs.v1.ListModelsResponse\x12=\n\x06Stream\x12\x16.sdxs.v1.StreamRequest\x1a\x17.sdxs.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/gateway.proto\x12\x07sdxs.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\x1a\x12sdxs/v1/lora.proto\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/stream.proto\"\xc5\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12$\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\"\n\x08\x63ontrols\x18\t \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\n \x01(\x0c\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x01\x88\x01\x01\x12\x1c\n\x05loras\x18\x0c \x03(\x0b\x32\r.sdxs.v1.Lora\x12\x16\n\x0einit_image_uri\x18\r \x01(\tB\x07\n\x05_seedB\x0b\n\t_strength\"U\n\x10GenerateResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12!\n\x07receipt\x18\x02 \x01(\x0b\x32\x10.sdxs.v1.Receipt\"\xa7\x03\n\x07Receipt\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x12\n\nunet_batch\x18\x07 \x01(\r\x12\x15\n\rdecoder_batch\x18\x08 \x01(\r\x12\x15\n\rdeterministic\x18\t \x01(\x08\x12\x0f\n\x07seconds\x18\n \x01(\x01\x12\x18\n\x10\x63ontrolnet_batch\x18\x0b \x01(\r\x12)\n\x08\x63ontrols\x18\x0c \x03(\x0b\x32\x17.sdxs.v1.AppliedControl\x12\x19\n\x11init_image_sha256\x18\r \x01(\t\x12\x10\n\x08strength\x18\x0e \x01(\x02\x12#\n\x05loras\x18\x0f \x03(\x0b\x32\x14.sdxs.v1.AppliedLora\x12\"\n\x06stages\x18\x10 \x03(\x0b\x32\x12.sdxs.v1.StageTime\x12\x19\n\x11job_queue_seconds\x18\x11 \x01(\x01\x12\x10\n\x08software\x18\x12 \x01(\t\"|\n\x0e\x41ppliedControl\x12\x12\n\ncontrolnet\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\r\n\x05guess\x18\x04 \x01(\x08\x12\x14\n\x0cpreprocessed\x18\x05 \x01(\x08\x12\x14\n\x0cimage_sha256\x18\x06 \x01(\t\"\xba\x01\n\x10SubmitJobRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12*\n\x08requests\x18\x04 \x03(\x0b\x32\x18.sdxs.v1.GenerateRequest\x12\x13\n\x0bwebhook_url\x18\x05 \x01(\t\"E\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xac\x03\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12 \n\x05state\x18\x02 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x03 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.sdxs.v1.JobError\x12\x12\n\ndeliveries\x18\x06 \x01(\r\x12+\n\x07\x63reated\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x66inished\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.sdxs.v1.JobPriority\x12\x10\n\x08position\x18\n \x01(\r\x12&\n\x08progress\x18\x0b \x01(\x0b\x32\x14.sdxs.v1.JobProgress\x12\x1f\n\x05items\x18\x0c \x03(\x0b\x32\x10.sdxs.v1.JobItem\x12\x0e\n\x06tenant\x18\r \x01(\t\":\n\x0bJobProgress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\"\x93\x01\n\x07JobItem\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.sdxs.v1.JobState\x12!\n\x06images\x18\x02 \x03(\x0b\x32\x11.sdxs.v1.JobImage\x12!\n\x07receipt\x18\x03 \x01(\x0b\x32\x10.sdxs.v1.Receipt\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.sdxs.v1.JobError\"[\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12!\n\x06states\x18\x03 \x03(\x0e\x32\x11.sdxs.v1.JobState\"R\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.sdxs.v1.GetJobResponse\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x10WatchJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x11\x43\x61ncelJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.GetJobResponse\"G\n\x13\x43reateUploadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"\xf5\x01\n\x14\x43reateUploadResponse\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x15\n\ralready_there\x18\x02 \x01(\x08\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0b\n\x03url\x18\x04 \x01(\t\x12;\n\x07headers\x18\x05 \x03(\x0b\x32*.sdxs.v1.CreateUploadResponse.HeadersEntry\x12/\n\x0burl_expires\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\x08JobImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0burl_expires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"8\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x13\n\x11ListModelsRequest\"4\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Model\"!\n\x10ListLorasRequest\x12\r\n\x05model\x18\x01 \x01(\t\":\n\x11ListLorasResponse\x12%\n\x05loras\x18\x01 \x03(\x0b\x32\x16.sdxs.v1.PublishedLora\"\x87\x01\n\rPublishedLora\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07pointer\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x15\n\rtrigger_words\x18\x06 \x03(\t\x12\x13\n\x0b\x64\x65scription\x18\x07 \x01(\t\"\xaf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12(\n\x0b\x63ontrolnets\x18\x06 \x03(\x0b\x32\x13.sdxs.v1.ControlNet\x12$\n\x06status\x18\x07 \x01(\x0b\x32\x14.sdxs.v1.ModelStatus\"h\n\x0bModelStatus\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.sdxs.v1.ModelState\x12\x11\n\treference\x18\x02 \x01(\t\x12\x13\n\x0bnext_digest\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\")\n\nControlNet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05types\x18\x02 \x03(\t*q\n\x0bJobPriority\x12\x1c\n\x18JOB_PRIORITY_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_PRIORITY_HIGH\x10\x01\x12\x17\n\x13JOB_PRIORITY_NORMAL\x10\x02\x12\x14\n\x10JOB_PRIORITY_LOW\x10\x03*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_SERVING\x10\x01\x12\x16\n\x12MODEL_STATE_ASLEEP\x10\x02\x12\x18\n\x14MODEL_STATE_STARTING\x10\x03\x12\x16\n\x12MODEL_STATE_BROKEN\x10\x04\x32\xaf\x05\n\x0eGatewayService\x12?\n\x08Generate\x12\x18.sdxs.v1.GenerateRequest\x1a\x19.sdxs.v1.GenerateResponse\x12\x42\n\tSubmitJob\x12\x19.sdxs.v1.SubmitJobRequest\x1a\x1a.sdxs.v1.SubmitJobResponse\x12\x39\n\x06GetJob\x12\x16.sdxs.v1.GetJobRequest\x1a\x17.sdxs.v1.GetJobResponse\x12?\n\x08ListJobs\x12\x18.sdxs.v1.ListJobsRequest\x1a\x19.sdxs.v1.ListJobsResponse\x12\x41\n\x08WatchJob\x12\x18.sdxs.v1.WatchJobRequest\x1a\x19.sdxs.v1.WatchJobResponse0\x01\x12\x42\n\tCancelJob\x12\x19.sdxs.v1.CancelJobRequest\x1a\x1a.sdxs.v1.CancelJobResponse\x12K\n\x0c\x43reateUpload\x12\x1c.sdxs.v1.CreateUploadRequest\x1a\x1d.sdxs.v1.CreateUploadResponse\x12\x45\n\nListModels\x12\x1a.sdxs.v1.ListModelsRequest\x1a\x1b.sdxs.v1.ListModelsResponse\x12\x42\n\tListLoras\x12\x19.sdxs.v1.ListLorasRequest\x1a\x1a.sdxs.v1.ListLorasResponse\x12=\n\x06Stream\x12\x16.sdxs.v1.StreamRequest\x1a\x17.sdxs.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,64 +39,70 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEUPLOADRESPONSE_HEADERSENTRY']._loaded_options = None
   _globals['_CREATEUPLOADRESPONSE_HEADERSENTRY']._serialized_options = b'8\001'
-  _globals['_JOBPRIORITY']._serialized_start=3292
-  _globals['_JOBPRIORITY']._serialized_end=3405
-  _globals['_JOBSTATE']._serialized_start=3408
-  _globals['_JOBSTATE']._serialized_end=3562
-  _globals['_MODELSTATE']._serialized_start=3565
-  _globals['_MODELSTATE']._serialized_end=3705
-  _globals['_GENERATEREQUEST']._serialized_start=157
-  _globals['_GENERATEREQUEST']._serialized_end=452
-  _globals['_GENERATERESPONSE']._serialized_start=454
-  _globals['_GENERATERESPONSE']._serialized_end=539
-  _globals['_RECEIPT']._serialized_start=542
-  _globals['_RECEIPT']._serialized_end=928
-  _globals['_APPLIEDCONTROL']._serialized_start=930
-  _globals['_APPLIEDCONTROL']._serialized_end=1054
-  _globals['_SUBMITJOBREQUEST']._serialized_start=1057
-  _globals['_SUBMITJOBREQUEST']._serialized_end=1243
-  _globals['_SUBMITJOBRESPONSE']._serialized_start=1245
-  _globals['_SUBMITJOBRESPONSE']._serialized_end=1314
-  _globals['_GETJOBREQUEST']._serialized_start=1316
-  _globals['_GETJOBREQUEST']._serialized_end=1347
-  _globals['_GETJOBRESPONSE']._serialized_start=1350
-  _globals['_GETJOBRESPONSE']._serialized_end=1778
-  _globals['_JOBPROGRESS']._serialized_start=1780
-  _globals['_JOBPROGRESS']._serialized_end=1838
-  _globals['_JOBITEM']._serialized_start=1841
-  _globals['_JOBITEM']._serialized_end=1988
-  _globals['_LISTJOBSREQUEST']._serialized_start=1990
-  _globals['_LISTJOBSREQUEST']._serialized_end=2081
-  _globals['_LISTJOBSRESPONSE']._serialized_start=2083
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2165
-  _globals['_WATCHJOBREQUEST']._serialized_start=2167
-  _globals['_WATCHJOBREQUEST']._serialized_end=2200
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2202
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2258
-  _globals['_CANCELJOBREQUEST']._serialized_start=2260
-  _globals['_CANCELJOBREQUEST']._serialized_end=2294
-  _globals['_CANCELJOBRESPONSE']._serialized_start=2296
-  _globals['_CANCELJOBRESPONSE']._serialized_end=2353
-  _globals['_CREATEUPLOADREQUEST']._serialized_start=2355
-  _globals['_CREATEUPLOADREQUEST']._serialized_end=2426
-  _globals['_CREATEUPLOADRESPONSE']._serialized_start=2429
-  _globals['_CREATEUPLOADRESPONSE']._serialized_end=2674
-  _globals['_CREATEUPLOADRESPONSE_HEADERSENTRY']._serialized_start=2628
-  _globals['_CREATEUPLOADRESPONSE_HEADERSENTRY']._serialized_end=2674
-  _globals['_JOBIMAGE']._serialized_start=2677
-  _globals['_JOBIMAGE']._serialized_end=2830
-  _globals['_JOBERROR']._serialized_start=2832
-  _globals['_JOBERROR']._serialized_end=2888
-  _globals['_LISTMODELSREQUEST']._serialized_start=2890
-  _globals['_LISTMODELSREQUEST']._serialized_end=2909
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2911
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2963
-  _globals['_MODEL']._serialized_start=2966
-  _globals['_MODEL']._serialized_end=3141
-  _globals['_MODELSTATUS']._serialized_start=3143
-  _globals['_MODELSTATUS']._serialized_end=3247
-  _globals['_CONTROLNET']._serialized_start=3249
-  _globals['_CONTROLNET']._serialized_end=3290
-  _globals['_GATEWAYSERVICE']._serialized_start=3708
-  _globals['_GATEWAYSERVICE']._serialized_end=4327
+  _globals['_JOBPRIORITY']._serialized_start=3612
+  _globals['_JOBPRIORITY']._serialized_end=3725
+  _globals['_JOBSTATE']._serialized_start=3728
+  _globals['_JOBSTATE']._serialized_end=3882
+  _globals['_MODELSTATE']._serialized_start=3885
+  _globals['_MODELSTATE']._serialized_end=4025
+  _globals['_GENERATEREQUEST']._serialized_start=177
+  _globals['_GENERATEREQUEST']._serialized_end=502
+  _globals['_GENERATERESPONSE']._serialized_start=504
+  _globals['_GENERATERESPONSE']._serialized_end=589
+  _globals['_RECEIPT']._serialized_start=592
+  _globals['_RECEIPT']._serialized_end=1015
+  _globals['_APPLIEDCONTROL']._serialized_start=1017
+  _globals['_APPLIEDCONTROL']._serialized_end=1141
+  _globals['_SUBMITJOBREQUEST']._serialized_start=1144
+  _globals['_SUBMITJOBREQUEST']._serialized_end=1330
+  _globals['_SUBMITJOBRESPONSE']._serialized_start=1332
+  _globals['_SUBMITJOBRESPONSE']._serialized_end=1401
+  _globals['_GETJOBREQUEST']._serialized_start=1403
+  _globals['_GETJOBREQUEST']._serialized_end=1434
+  _globals['_GETJOBRESPONSE']._serialized_start=1437
+  _globals['_GETJOBRESPONSE']._serialized_end=1865
+  _globals['_JOBPROGRESS']._serialized_start=1867
+  _globals['_JOBPROGRESS']._serialized_end=1925
+  _globals['_JOBITEM']._serialized_start=1928
+  _globals['_JOBITEM']._serialized_end=2075
+  _globals['_LISTJOBSREQUEST']._serialized_start=2077
+  _globals['_LISTJOBSREQUEST']._serialized_end=2168
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2170
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2252
+  _globals['_WATCHJOBREQUEST']._serialized_start=2254
+  _globals['_WATCHJOBREQUEST']._serialized_end=2287
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2289
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2345
+  _globals['_CANCELJOBREQUEST']._serialized_start=2347
+  _globals['_CANCELJOBREQUEST']._serialized_end=2381
+  _globals['_CANCELJOBRESPONSE']._serialized_start=2383
+  _globals['_CANCELJOBRESPONSE']._serialized_end=2440
+  _globals['_CREATEUPLOADREQUEST']._serialized_start=2442
+  _globals['_CREATEUPLOADREQUEST']._serialized_end=2513
+  _globals['_CREATEUPLOADRESPONSE']._serialized_start=2516
+  _globals['_CREATEUPLOADRESPONSE']._serialized_end=2761
+  _globals['_CREATEUPLOADRESPONSE_HEADERSENTRY']._serialized_start=2715
+  _globals['_CREATEUPLOADRESPONSE_HEADERSENTRY']._serialized_end=2761
+  _globals['_JOBIMAGE']._serialized_start=2764
+  _globals['_JOBIMAGE']._serialized_end=2917
+  _globals['_JOBERROR']._serialized_start=2919
+  _globals['_JOBERROR']._serialized_end=2975
+  _globals['_LISTMODELSREQUEST']._serialized_start=2977
+  _globals['_LISTMODELSREQUEST']._serialized_end=2996
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2998
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3050
+  _globals['_LISTLORASREQUEST']._serialized_start=3052
+  _globals['_LISTLORASREQUEST']._serialized_end=3085
+  _globals['_LISTLORASRESPONSE']._serialized_start=3087
+  _globals['_LISTLORASRESPONSE']._serialized_end=3145
+  _globals['_PUBLISHEDLORA']._serialized_start=3148
+  _globals['_PUBLISHEDLORA']._serialized_end=3283
+  _globals['_MODEL']._serialized_start=3286
+  _globals['_MODEL']._serialized_end=3461
+  _globals['_MODELSTATUS']._serialized_start=3463
+  _globals['_MODELSTATUS']._serialized_end=3567
+  _globals['_CONTROLNET']._serialized_start=3569
+  _globals['_CONTROLNET']._serialized_end=3610
+  _globals['_GATEWAYSERVICE']._serialized_start=4028
+  _globals['_GATEWAYSERVICE']._serialized_end=4715
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from sdxs.v1 import control_pb2 as _control_pb2
 from sdxs.v1 import decoder_pb2 as _decoder_pb2
+from sdxs.v1 import lora_pb2 as _lora_pb2
 from sdxs.v1 import stage_pb2 as _stage_pb2
 from sdxs.v1 import stream_pb2 as _stream_pb2
 from google.protobuf.internal import containers as _containers
@@ -54,7 +55,7 @@ MODEL_STATE_STARTING: ModelState
 MODEL_STATE_BROKEN: ModelState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "model", "seed", "n", "width", "height", "format", "deterministic", "controls", "init_image", "strength", "init_image_uri")
+    __slots__ = ("prompt", "model", "seed", "n", "width", "height", "format", "deterministic", "controls", "init_image", "strength", "loras", "init_image_uri")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +67,7 @@ class GenerateRequest(_message.Message):
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     INIT_IMAGE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
     INIT_IMAGE_URI_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     model: str
@@ -78,8 +80,9 @@ class GenerateRequest(_message.Message):
     controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
     init_image: bytes
     strength: float
+    loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.Lora]
     init_image_uri: str
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., init_image_uri: _Optional[str] = ...) -> None: ...
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., init_image_uri: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("images", "receipt")
@@ -90,7 +93,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, images: _Optional[_Iterable[_Union[_decoder_pb2.Image, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "model_digest", "prompt", "seeds", "width", "height", "unet_batch", "decoder_batch", "deterministic", "seconds", "controlnet_batch", "controls", "init_image_sha256", "strength", "stages", "job_queue_seconds", "software")
+    __slots__ = ("model", "model_digest", "prompt", "seeds", "width", "height", "unet_batch", "decoder_batch", "deterministic", "seconds", "controlnet_batch", "controls", "init_image_sha256", "strength", "loras", "stages", "job_queue_seconds", "software")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +108,7 @@ class Receipt(_message.Message):
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     INIT_IMAGE_SHA256_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     JOB_QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
@@ -122,10 +126,11 @@ class Receipt(_message.Message):
     controls: _containers.RepeatedCompositeFieldContainer[AppliedControl]
     init_image_sha256: str
     strength: float
+    loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.AppliedLora]
     stages: _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageTime]
     job_queue_seconds: float
     software: str
-    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seeds: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., deterministic: _Optional[bool] = ..., seconds: _Optional[float] = ..., controlnet_batch: _Optional[int] = ..., controls: _Optional[_Iterable[_Union[AppliedControl, _Mapping]]] = ..., init_image_sha256: _Optional[str] = ..., strength: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[_stage_pb2.StageTime, _Mapping]]] = ..., job_queue_seconds: _Optional[float] = ..., software: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seeds: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., unet_batch: _Optional[int] = ..., decoder_batch: _Optional[int] = ..., deterministic: _Optional[bool] = ..., seconds: _Optional[float] = ..., controlnet_batch: _Optional[int] = ..., controls: _Optional[_Iterable[_Union[AppliedControl, _Mapping]]] = ..., init_image_sha256: _Optional[str] = ..., strength: _Optional[float] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.AppliedLora, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[_stage_pb2.StageTime, _Mapping]]] = ..., job_queue_seconds: _Optional[float] = ..., software: _Optional[str] = ...) -> None: ...
 
 class AppliedControl(_message.Message):
     __slots__ = ("controlnet", "type", "scale", "guess", "preprocessed", "image_sha256")
@@ -333,6 +338,36 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class ListLorasRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ListLorasResponse(_message.Message):
+    __slots__ = ("loras",)
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    loras: _containers.RepeatedCompositeFieldContainer[PublishedLora]
+    def __init__(self, loras: _Optional[_Iterable[_Union[PublishedLora, _Mapping]]] = ...) -> None: ...
+
+class PublishedLora(_message.Message):
+    __slots__ = ("name", "pointer", "digest", "model", "rank", "trigger_words", "description")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    POINTER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TRIGGER_WORDS_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pointer: str
+    digest: str
+    model: str
+    rank: int
+    trigger_words: _containers.RepeatedScalarFieldContainer[str]
+    description: str
+    def __init__(self, name: _Optional[str] = ..., pointer: _Optional[str] = ..., digest: _Optional[str] = ..., model: _Optional[str] = ..., rank: _Optional[int] = ..., trigger_words: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "digest", "width", "height", "max_prompt_tokens", "controlnets", "status")

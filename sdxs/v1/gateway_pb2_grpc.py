@@ -77,6 +77,11 @@ class GatewayServiceStub:
                 request_serializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.ListLoras = channel.unary_unary(
+                '/sdxs.v1.GatewayService/ListLoras',
+                request_serializer=sdxs_dot_v1_dot_gateway__pb2.ListLorasRequest.SerializeToString,
+                response_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListLorasResponse.FromString,
+                _registered_method=True)
         self.Stream = channel.stream_stream(
                 '/sdxs.v1.GatewayService/Stream',
                 request_serializer=sdxs_dot_v1_dot_stream__pb2.StreamRequest.SerializeToString,
@@ -145,6 +150,13 @@ class GatewayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListLoras(self, request, context):
+        """LoRAs that requests may name, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stream(self, request_iterator, context):
         """Images in real time: frames in, images out, the newest frame first. Fails with INVALID_ARGUMENT or NOT_FOUND that names the field for
         a message that makes no sense, RESOURCE_EXHAUSTED when too many sessions wait. A frame that cannot be drawn does not end it.
@@ -195,6 +207,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.FromString,
                     response_serializer=sdxs_dot_v1_dot_gateway__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ListLoras': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoras,
+                    request_deserializer=sdxs_dot_v1_dot_gateway__pb2.ListLorasRequest.FromString,
+                    response_serializer=sdxs_dot_v1_dot_gateway__pb2.ListLorasResponse.SerializeToString,
             ),
             'Stream': grpc.stream_stream_rpc_method_handler(
                     servicer.Stream,
@@ -420,6 +437,33 @@ class GatewayService:
             '/sdxs.v1.GatewayService/ListModels',
             sdxs_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
             sdxs_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoras(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sdxs.v1.GatewayService/ListLoras',
+            sdxs_dot_v1_dot_gateway__pb2.ListLorasRequest.SerializeToString,
+            sdxs_dot_v1_dot_gateway__pb2.ListLorasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import duration_pb2 as _duration_pb2
 from sdxs.v1 import control_pb2 as _control_pb2
 from sdxs.v1 import decoder_pb2 as _decoder_pb2
+from sdxs.v1 import lora_pb2 as _lora_pb2
 from sdxs.v1 import stage_pb2 as _stage_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -75,7 +76,7 @@ class StreamOpen(_message.Message):
     def __init__(self, model: _Optional[str] = ..., settings: _Optional[_Union[StreamSettings, _Mapping]] = ..., resume_token: _Optional[str] = ...) -> None: ...
 
 class StreamSettings(_message.Message):
-    __slots__ = ("prompt", "seed", "format", "deterministic", "controls", "init_image", "strength")
+    __slots__ = ("prompt", "seed", "format", "deterministic", "controls", "init_image", "strength", "loras")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +84,7 @@ class StreamSettings(_message.Message):
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     INIT_IMAGE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     seed: int
     format: _decoder_pb2.ImageFormat
@@ -90,7 +92,14 @@ class StreamSettings(_message.Message):
     controls: StreamControls
     init_image: bytes
     strength: float
-    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Union[StreamControls, _Mapping]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
+    loras: StreamLoras
+    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Union[StreamControls, _Mapping]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., loras: _Optional[_Union[StreamLoras, _Mapping]] = ...) -> None: ...
+
+class StreamLoras(_message.Message):
+    __slots__ = ("loras",)
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.Lora]
+    def __init__(self, loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ...) -> None: ...
 
 class StreamControls(_message.Message):
     __slots__ = ("controls",)

@@ -22,21 +22,22 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from sdxs.v1 import lora_pb2 as sdxs_dot_v1_dot_lora__pb2
 from sdxs.v1 import stage_pb2 as sdxs_dot_v1_dot_stage__pb2
 from sdxs.v1 import tensor_pb2 as sdxs_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asdxs/v1/text_encoder.proto\x12\x07sdxs.v1\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/tensor.proto\"\x1f\n\rEncodeRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\"\x98\x01\n\x0e\x45ncodeResponse\x12\x1d\n\x04text\x18\x01 \x01(\x0b\x32\x0f.sdxs.v1.Tensor\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12$\n\x06pooled\x18\x03 \x01(\x0b\x32\x0f.sdxs.v1.TensorH\x00\x88\x01\x01\x12 \n\x04time\x18\x04 \x01(\x0b\x32\x12.sdxs.v1.StageTimeB\t\n\x07_pooled2O\n\x12TextEncoderService\x12\x39\n\x06\x45ncode\x12\x16.sdxs.v1.EncodeRequest\x1a\x17.sdxs.v1.EncodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asdxs/v1/text_encoder.proto\x12\x07sdxs.v1\x1a\x12sdxs/v1/lora.proto\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/tensor.proto\"@\n\rEncodeRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x1f\n\x05loras\x18\x02 \x03(\x0b\x32\x10.sdxs.v1.LoraUse\"\x98\x01\n\x0e\x45ncodeResponse\x12\x1d\n\x04text\x18\x01 \x01(\x0b\x32\x0f.sdxs.v1.Tensor\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12$\n\x06pooled\x18\x03 \x01(\x0b\x32\x0f.sdxs.v1.TensorH\x00\x88\x01\x01\x12 \n\x04time\x18\x04 \x01(\x0b\x32\x12.sdxs.v1.StageTimeB\t\n\x07_pooled2O\n\x12TextEncoderService\x12\x39\n\x06\x45ncode\x12\x16.sdxs.v1.EncodeRequest\x1a\x17.sdxs.v1.EncodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.text_encoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEREQUEST']._serialized_start=82
-  _globals['_ENCODEREQUEST']._serialized_end=113
-  _globals['_ENCODERESPONSE']._serialized_start=116
-  _globals['_ENCODERESPONSE']._serialized_end=268
-  _globals['_TEXTENCODERSERVICE']._serialized_start=270
-  _globals['_TEXTENCODERSERVICE']._serialized_end=349
+  _globals['_ENCODEREQUEST']._serialized_start=102
+  _globals['_ENCODEREQUEST']._serialized_end=166
+  _globals['_ENCODERESPONSE']._serialized_start=169
+  _globals['_ENCODERESPONSE']._serialized_end=321
+  _globals['_TEXTENCODERSERVICE']._serialized_start=323
+  _globals['_TEXTENCODERSERVICE']._serialized_end=402
 # @@protoc_insertion_point(module_scope)

@@ -66,7 +66,7 @@ class Sender:
     ) -> unet_pb2.DenoiseResponse:
         """The U-Net's answer to the request with the residuals of each of its images, or with none. Raises SdxsError."""
         if not residuals:
-            return await self._call(lambda _: request.SerializeToString(), deadline)
+            return await self._call(request, lambda _: request.SerializeToString(), deadline)
         if residuals[0].on_host:
             return await self._send_by_host(request, residuals, None, deadline)
         async with _lent(self._device, residuals) as loan:
@@ -113,7 +113,7 @@ class Sender:
 
         while True:
             try:
-                return await self._call(encode, deadline)
+                return await self._call(request, encode, deadline)
             except InvalidRequest as error:
                 if not asked or not error.field or error.field != asked[-1][0]:
                     raise
@@ -136,8 +136,11 @@ class Sender:
             times=max((answer.times for answer in answers), key=_seconds),
         )
 
-    async def _call(self, encode: Callable[[Address], bytes], deadline: Deadline) -> unet_pb2.DenoiseResponse:
-        return unet_pb2.DenoiseResponse.FromString(await self._unet.call("Denoise", encode, deadline))
+    async def _call(
+        self, request: unet_pb2.DenoiseRequest, encode: Callable[[Address], bytes], deadline: Deadline
+    ) -> unet_pb2.DenoiseResponse:
+        affinity = request.loras[0].digest if request.loras else ""
+        return unet_pb2.DenoiseResponse.FromString(await self._unet.call("Denoise", encode, deadline, affinity))
 
 
 def _lender(shared_bytes: int) -> Lender | None:

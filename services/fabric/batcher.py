@@ -69,6 +69,10 @@ class GreedyBatcher(Generic[Item, Result]):
             self._running = asyncio.create_task(self._drain())
         return list(await asyncio.gather(*(waiting.done for waiting in mine)))
 
+    async def between(self, function: Callable[[], None]) -> None:
+        """Run a function in the device's thread: after the batch in hand, before the next. Raises what it raises."""
+        await asyncio.get_running_loop().run_in_executor(self._device, function)
+
     def close(self) -> None:
         """Let the thread end after the batch in hand."""
         self._device.shutdown(wait=False, cancel_futures=True)

@@ -21,6 +21,7 @@ from sdxs.residuals import Residuals
 from sdxs.v1 import control_pb2, text_encoder_pb2, unet_pb2
 
 if TYPE_CHECKING:
+    from sdxs.lora.adapters import Use
     from sdxs.stages import ControlNets
 
 Array = np.ndarray
@@ -64,6 +65,8 @@ class Image:
     conditions: tuple[Condition, ...] = ()
     residuals: Residuals | None = None
     """What its conditions add, computed elsewhere."""
+    loras: "tuple[Use, ...]" = ()
+    """Attached."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Calls to a room's replicas: who they are, which one to take, what to do when it is gone.
 
 Addresses come from a resolver (Ray Serve's broadcast, or a fixed list), asked every few seconds and at once when a peer fails.
-Between two peers drawn at random the one with fewer calls in flight is taken. A call whose peer is gone goes to another;
+Between two peers drawn at random the one with fewer calls in flight is taken; calls with an affinity (those with the same LoRA) go to the
+same one, unless it is much busier. A call whose peer is gone goes to another;
 that is safe because every stage is a pure function of its request.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import random
@@ -25,6 +27,8 @@ from services.fabric.lines import MAX_PAYLOAD, BrokenLine, Line, NoLine
 logger = logging.getLogger(__name__)
 
 _PACE_S = 0.1  # between two questions to the resolver
+_BUSIER = 4
+"""How many more calls than the least busy peer the preferred one may have: to wait for them takes less than to load a LoRA."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,12 @@ class Stage(Protocol):
         """Whether there is somebody to call."""
         ...
 
-    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
-        """One rpc of the room's service, encoded request to encoded response. Raises SdxsError, and what `payload` raises."""
+    async def call(self, name: str, payload: Payload, deadline: Deadline, affinity: str = "") -> bytes:
+        """One rpc of the room's service, encoded request to encoded response. Raises SdxsError, and what `payload` raises.
+
+        Args:
+            affinity: calls that share it had best go to the same replica.
+        """
         ...
 
 
@@ -64,7 +72,7 @@ class LocalStage:
     ready: bool = True
     address: Address = Address("this process", "", os.getpid())
 
-    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline, affinity: str = "") -> bytes:
         """See Stage."""
         try:
             async with asyncio.timeout(deadline.remaining()):
@@ -144,12 +152,12 @@ class PeerSet:
         self._replace([])
         await asyncio.gather(*self._closing)
 
-    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline, affinity: str = "") -> bytes:
         """See Stage. Waits for a peer, and for those that it needs in turn, at most `patience_s`; then raises Unavailable."""
         patience = deadline.within(self.patience_s)
         full: set[_Peer] = set()
         while True:
-            peer = await self._choose(full, patience, deadline)
+            peer = await self._choose(full, patience, deadline, affinity)
             try:
                 return await self._call(peer, name, _for(peer.address, payload), deadline)
             except BrokenLine:
@@ -187,12 +195,14 @@ class PeerSet:
                 raise BrokenLine from None
             raise rpc.from_rpc_error(error) from None
 
-    async def _choose(self, full: set[_Peer], patience: Deadline, deadline: Deadline) -> _Peer:
-        """The less busy of two peers drawn at random; waits while there is none."""
+    async def _choose(self, full: set[_Peer], patience: Deadline, deadline: Deadline, affinity: str) -> _Peer:
+        """The less busy of two peers drawn at random, or the one that the affinity says; waits while there is none."""
         while True:
             able = [peer for peer in self._peers.values() if peer not in full] or list(self._peers.values())
             if able:
                 able = [peer for peer in able if self.near and peer.address.node == self.near] or able
+                if affinity:
+                    return _preferred(able, affinity)
                 return min(random.sample(able, min(2, len(able))), key=lambda peer: peer.in_flight)
             self._changed.clear()
             try:
@@ -259,6 +269,13 @@ class PeerSet:
         for address in set(self._peers) - set(addresses):
             self._hang_up(self._peers.pop(address))
         self._changed.set()
+
+
+def _preferred(peers: Sequence[_Peer], affinity: str) -> _Peer:
+    """By rendezvous hashing, so that a peer that comes or goes moves only its own share; the next in that order for one that is busy."""
+    least = min(peer.in_flight for peer in peers)
+    ranked = sorted(peers, key=lambda peer: hashlib.sha256(f"{affinity} {peer.address.target}".encode()).digest())
+    return next(peer for peer in ranked if peer.in_flight <= least + _BUSIER)
 
 
 def _for(address: Address, payload: Payload) -> bytes:

@@ -3,14 +3,15 @@
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sdxs import control
 from sdxs import images as files
 from sdxs.errors import InvalidRequest, NotFound
+from sdxs.lora.manifest import LoraManifest
 from sdxs.noise import MAX_IMAGES
-from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2
+from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2, lora_pb2
 from services.fabric.models import ServedModel
 
 MAX_PROMPT_CHARACTERS = 4096
@@ -26,6 +27,17 @@ class UnknownModel(NotFound):
 
 
 @dataclass(frozen=True)
+class OrderedLora:
+    """A LoRA of an order."""
+
+    name: str
+    digest: str
+    scale: float
+    networks: frozenset[str]
+    """What it changes."""
+
+
+@dataclass(frozen=True)
 class Order:
     """A request that has been checked, every choice made."""
 
@@ -38,10 +50,24 @@ class Order:
     """Each with the name of its ControlNet."""
     init_image: bytes = b""
     strength: float = 1.0
+    loras: tuple[OrderedLora, ...] = ()
 
 
-def order(request: gateway_pb2.GenerateRequest, models: Mapping[str, ServedModel], max_image_bytes: int) -> Order:
-    """The order a request makes; its images are not read. Raises InvalidRequest, or NotFound for what is not served here."""
+def _no_lora(digest: str) -> LoraManifest:
+    raise NotFound(f"LoRA {digest!r} is not known here")
+
+
+def order(
+    request: gateway_pb2.GenerateRequest,
+    models: Mapping[str, ServedModel],
+    max_image_bytes: int,
+    lora: Callable[[str], LoraManifest] = _no_lora,
+) -> Order:
+    """The order a request makes; its images are not read. Raises InvalidRequest, or NotFound for what is not served here.
+
+    Args:
+        lora: gives the manifest of each LoRA of the request, whose names are digests.
+    """
     model = _model(request.model, models)
     _size("width", request.width, model.width)
     _size("height", request.height, model.height)
@@ -56,7 +82,10 @@ def order(request: gateway_pb2.GenerateRequest, models: Mapping[str, ServedModel
     prompt, seeds = _prompt(request.prompt), tuple(range(seed, seed + n))
     _bytes(request, max_image_bytes)
     controls = _controls(request, model)
-    return Order(model, prompt, seeds, request.format, request.deterministic, controls, request.init_image, _strength(request))
+    loras = tuple(_lora(each, lora(each.name)) for each in request.loras)
+    return Order(
+        model, prompt, seeds, request.format, request.deterministic, controls, request.init_image, _strength(request), loras
+    )
 
 
 def job_id(request_id: str) -> str:
@@ -153,6 +182,11 @@ def _control(asked: control_pb2.Control, field: str, model: ServedModel) -> cont
     return chosen
 
 
+def _lora(asked: lora_pb2.Lora, manifest: LoraManifest) -> OrderedLora:
+    """One LoRA; whether it fits the model is the stages' to say."""
+    return OrderedLora(manifest.name, manifest.digest, asked.scale, frozenset(manifest.networks))
+
+
 def images(order: Order) -> list[tuple[str, bytes]]:
     """The image files of an order, each with its field."""
     found = [(f"controls[{i}].image", each.image) for i, each in enumerate(order.controls)]
@@ -161,7 +195,7 @@ def images(order: Order) -> list[tuple[str, bytes]]:
 
 def receipts(order: Order) -> list[str]:
     """What the file of each image of an order carries."""
-    steering = files.steering(order.controls, order.init_image, order.strength)
+    steering = files.steering(order.controls, order.init_image, order.strength) | files.styles(order.loras)
     return [files.receipt(order.prompt, seed, order.model.name, order.model.digest, steering) for seed in order.seeds]
 
 

@@ -18,6 +18,7 @@ from services.gateway.desk import open_desk
 from services.gateway.health import keep_health
 from services.gateway.inputs import open_inputs
 from services.gateway.keeper import Keeper
+from services.gateway.loras import open_loras
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.service import DESCRIPTOR, GatewayService
 from services.gateway.table import Entry, ModelTable
@@ -37,7 +38,7 @@ class GatewayReplica(Replica):
     async def __init__(self, room: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ServingSettings()
         cache = ByteCache(settings.prompt_cache_bytes)
-        table = ModelTable(settings.max_image_bytes)
+        table = ModelTable(settings.max_image_bytes, open_loras(settings))
         self._room = room
         self._keeper = Keeper(table, functools.partial(open_version, cache=cache, settings=settings))
         self._service = service = GatewayService(table, open_desk(settings), open_inputs(settings), settings)

@@ -59,6 +59,16 @@ class Reader:
         frame = stream_pb2.StreamFrame() if settings.HasField("prompt") else _UNSAID
         self.models.order(self._request(settings, frame))
 
+    async def settled(self, settings: stream_pb2.StreamSettings) -> stream_pb2.StreamSettings:
+        """The settings with digests in place of the names of their LoRAs; they stay what they are now. Raises as `LoraNames.settle`."""
+        if not settings.loras.loras:
+            return settings
+        found = stream_pb2.StreamSettings()
+        found.CopyFrom(settings)
+        found.ClearField("loras")
+        found.loras.loras.extend(await self.models.loras.settle(settings.loras.loras, Deadline.after(self._default_deadline_s)))
+        return found
+
     def read(self, message: stream_pb2.StreamFrame, settings: stream_pb2.StreamSettings) -> Frame:
         """The frame; what is in its images is not read. Raises InvalidRequest, NotFound or Unavailable."""
         own = frozenset(name.name for name, _ in message.ListFields())
@@ -81,6 +91,7 @@ class Reader:
             controls=frame.controls or settings.controls.controls,
             init_image=init_image,
             strength=_strength(settings, frame, init_image),
+            loras=settings.loras.loras,
         )
 
     def _deadline(self, message: stream_pb2.StreamFrame) -> Deadline:

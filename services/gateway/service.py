@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sdxs import control
 from sdxs.errors import InvalidRequest, NotFound, PreconditionFailed
-from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2, stream_pb2
+from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2, lora_pb2, stream_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.times import products
 from services.gateway import checks
@@ -66,7 +66,7 @@ class GatewayService:
         """Text to images. Raises SdxsError."""
         began = time.monotonic()
         deadline = deadline.within(self._default_deadline_s)
-        filled = await self._inputs.filled(request, deadline)
+        filled = await self._models.loras.settled(await self._inputs.filled(request, deadline), deadline)
         with self._models.take(filled) as (order, chain):
             made = await chain.run(order, checks.receipts(order), deadline)
         return gateway_pb2.GenerateResponse(images=made.images, receipt=_receipt(order, made, time.monotonic() - began))
@@ -117,11 +117,12 @@ class GatewayService:
         try:
             async with gate:
                 filled = await self._inputs.filled(asked, deadline)
-                with self._models.take(filled) as (order, chain):
+                settled = await self._models.loras.settled(filled, deadline)
+                with self._models.take(settled) as (order, chain):
                     files = checks.images(order)
                     await asyncio.gather(*(asyncio.to_thread(control.read_image, data, name) for name, data in files))
                     await chain.check_prompt(order, deadline)
-                kept = await self._inputs.kept(filled)
+                kept = await self._inputs.kept(settled)
         except InvalidRequest as error:
             raise InvalidRequest(f"{field}.{error.field}", error.value, error.allowed) from None
         except NotFound as error:
@@ -165,6 +166,11 @@ class GatewayService:
         deadline.remaining()
         return gateway_pb2.ListModelsResponse(models=self._models.listing())
 
+    async def list_loras(self, request: gateway_pb2.ListLorasRequest, deadline: Deadline) -> gateway_pb2.ListLorasResponse:
+        """The LoRAs that requests may name. Raises what the store does."""
+        deadline.remaining()
+        return await self._models.loras.listing(request.model)
+
     def _desk_or_raise(self) -> JobDesk:
         """The desk. Raises PreconditionFailed without one."""
         if self._desk is None:
@@ -191,6 +197,7 @@ def _receipt(order: checks.Order, made: decoder_pb2.DecodeResponse, seconds: flo
         strength=order.strength if order.init_image else 0.0,
         stages=made.times,
         software=products(),
+        loras=[lora_pb2.AppliedLora(name=lora.name, digest=lora.digest, scale=lora.scale) for lora in order.loras],
     )
 
 

@@ -177,31 +177,33 @@ class Session:
             self._heard = time.monotonic()
             if request.WhichOneof("kind") == "close":
                 break
-            self._take(request)
+            await self._take(request)
             await self._outbox.room()
         return stream_pb2.CLOSED_REASON_CLIENT
 
-    def _take(self, request: stream_pb2.StreamRequest) -> None:
+    async def _take(self, request: stream_pb2.StreamRequest) -> None:
         """One message. Raises InvalidRequest for one that makes no sense here."""
         kind = request.WhichOneof("kind")
         if kind == "frame":
             self._offer(request.frame)
         elif kind == "settings":
-            self._configure(request.settings)
+            await self._configure(request.settings)
         elif kind == "open":
             raise InvalidRequest("open", "a second one", "one, as the first message")
         else:
             raise InvalidRequest("kind", kind, "a frame, settings or close")
 
-    def _configure(self, changes: stream_pb2.StreamSettings) -> None:
+    async def _configure(self, changes: stream_pb2.StreamSettings) -> None:
         """For the frames to come; what cannot be drawn changes nothing."""
-        self._settings_taken += 1
         wanted = merged(self._look, changes)
         try:
+            wanted = await self._reader.settled(wanted)
             self._reader.check(wanted)
         except SdxsError as error:
+            self._settings_taken += 1
             self._tell_error(0, prefixed(error, "settings."))
             return
+        self._settings_taken += 1
         self._look = wanted
         self._tell_state()
 

@@ -87,4 +87,5 @@ def _said(order: Order) -> tuple[Any, ...]:
         controls,
         bool(order.init_image),
         order.strength,
+        order.loras,
     )

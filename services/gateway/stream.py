@@ -57,7 +57,7 @@ class Sessions:
         self._admit_connection()
         session: Session | None = None
         try:
-            session = self._opened(await _opening(requests), send, terms or Deadline())
+            session = await self._opened(await _opening(requests), send, terms or Deadline())
             self._enter(session)
             await session.serve(requests)
         finally:
@@ -92,7 +92,7 @@ class Sessions:
         self._connected += 1
         self.counts.sessions += 1
 
-    def _opened(self, asked: stream_pb2.StreamOpen, send: Send, terms: Deadline) -> Session:
+    async def _opened(self, asked: stream_pb2.StreamOpen, send: Send, terms: Deadline) -> Session:
         """A new session, or one that goes on. Raises InvalidRequest, NotFound, or Unavailable for a model that starts."""
         opened, last_answered = asked, 0
         try:
@@ -106,10 +106,11 @@ class Sessions:
             opened.settings.seed = secrets.randbelow(2**32)
         reader = Reader(opened.model, self._models, self._settings.default_deadline_s, terms)
         try:
-            reader.check(opened.settings)
+            settings = await reader.settled(opened.settings)
+            reader.check(settings)
         except SdxsError as error:
             raise prefixed(error, "open." if error.field == "model" else "open.settings.") from None
-        return Session(Opened(opened.settings, last_answered, reader), send, self._shared)
+        return Session(Opened(settings, last_answered, reader), send, self._shared)
 
     def _enter(self, session: Session) -> None:
         """Into a free place, or the queue. Raises Unavailable or Overloaded: others may have come while it said what it wants."""

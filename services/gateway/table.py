@@ -16,6 +16,7 @@ from services.fabric.models import Plan, ServedModel, Wanted
 from services.gateway import checks
 from services.gateway.chain import Chain
 from services.gateway.checks import Order
+from services.gateway.loras import LoraNames
 
 _STARTING_RETRY_S = 5.0
 
@@ -72,7 +73,8 @@ class Entry:
 class ModelTable:
     """Bundles by the reference they are served under, in the order of the plan."""
 
-    def __init__(self, max_image_bytes: int) -> None:
+    def __init__(self, max_image_bytes: int, loras: LoraNames) -> None:
+        self.loras = loras
         self._max_image_bytes = max_image_bytes
         self._plan: Plan = ()
         self._entries: dict[str, Entry] = {}
@@ -116,14 +118,15 @@ class ModelTable:
         return before
 
     def order(self, request: gateway_pb2.GenerateRequest) -> Order:
-        """The order a request makes of the bundle served now. Raises InvalidRequest, NotFound, or Unavailable for a model that starts."""
+        """The order that a request with settled LoRAs makes of the bundle served now. Raises InvalidRequest, NotFound, or Unavailable for
+        a model that starts."""
         first = self._plan[0] if self._plan else None
         if not request.model and first is not None and first.reference not in self._entries:
             raise _starting(first)
         if not self._models and not request.model:
             raise Unavailable("no model is served yet", retry_after_s=_STARTING_RETRY_S)
         try:
-            return checks.order(request, self._models, self._max_image_bytes)
+            return checks.order(request, self._models, self._max_image_bytes, self.loras.known)
         except checks.UnknownModel:
             for line in self._plan:
                 digest = line.version.model.digest if line.version else ""

@@ -10,10 +10,12 @@ from sdxs.prompts import Prompts
 from sdxs.v1 import text_encoder_pb2
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
+from services.fabric.loras import replica_loras
 from services.fabric.times import software, spent
 from services.settings import ServingSettings
 
 if TYPE_CHECKING:
+    from sdxs.lora.adapters import Use
     from sdxs.stages import TextEncoder
 
 DESCRIPTOR = text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"]
@@ -27,9 +29,11 @@ class TextEncoderService:
         self._model_digest = model_digest
         self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, max_batch=1, max_waiting=settings.max_in_flight)
+        self.loras = replica_loras(encoder.adapters, self._batcher.between, settings)
 
     def close(self) -> None:
         """After the last call."""
+        self.loras.close()
         self._batcher.close()
 
     async def warm(self) -> None:
@@ -37,21 +41,25 @@ class TextEncoderService:
         await self.encode(text_encoder_pb2.EncodeRequest(prompt="warm"), Deadline())
 
     async def encode(self, request: text_encoder_pb2.EncodeRequest, deadline: Deadline) -> text_encoder_pb2.EncodeResponse:
-        """[tokens, width] float, for SDXL also [width] of the prompt. Raises InvalidRequest(field="prompt"): empty or too long."""
+        """[tokens, width] float, for SDXL also [width] of the prompt. Raises InvalidRequest(field="prompt"): empty or too long, and
+        what `ReplicaLoras.hold` does."""
         if not request.prompt.strip():
             raise InvalidRequest("prompt", request.prompt, "some text")
         deadline.remaining()
         self._encoder.check(request.prompt)
-        [computed] = await self._batcher.submit([request.prompt], deadline=deadline)
+        async with self.loras.hold(request.loras) as loras:
+            [computed] = await self._batcher.submit([(request.prompt, loras)], deadline=deadline)
         time = spent("text_encoder", [computed], self._software)
         text_BLD, pooled_BD = computed.result.text_BLD, computed.result.pooled_BD
         pooled = None if pooled_BD is None else tensors.encode(pooled_BD[0])
         text = tensors.encode(text_BLD[0])
         return text_encoder_pb2.EncodeResponse(text=text, pooled=pooled, model_digest=self._model_digest, time=time)
 
-    def _compute(self, prompts: Sequence[str]) -> Sequence[Prompts]:
-        """One forward pass."""
-        return self._encoder.encode(list(prompts)).rows()
+    def _compute(self, asked: "Sequence[tuple[str, tuple[Use, ...]]]") -> Sequence[Prompts]:
+        """One forward pass for one prompt."""
+        [(prompt, loras)] = asked
+        with self._encoder.adapters.use(loras):
+            return self._encoder.encode([prompt]).rows()
 
 
 def load(folder: Path, model_digest: str, settings: ServingSettings) -> TextEncoderService:

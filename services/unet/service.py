@@ -15,6 +15,7 @@ from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
 from services.fabric.denoising import Facts, Image
+from services.fabric.loras import replica_loras
 from services.fabric.times import software, spent
 from services.settings import ServingSettings
 from services.unet.receiving import Receiver, residual_shapes, together
@@ -27,14 +28,15 @@ DESCRIPTOR = unet_pb2.DESCRIPTOR.services_by_name["UNetService"]
 
 @dataclasses.dataclass(frozen=True)
 class _Done:
-    """One image's latent, and the batch its ControlNets were computed in, where that was here."""
+    """One image's latent, the batch it was computed in, and that of its ControlNets, where that was here."""
 
     latent_CHW: tensors.Array
+    batch: int
     controlnet_batch: int
 
 
 class UNetService:
-    """Batches images across requests, those of different ControlNets or none included; the noise of each follows from its seed.
+    """Batches images across requests, those of different ControlNets or LoRAs included; the noise of each follows from its seed.
 
     With `controlnets` it hosts them too (placement `fused`); without, residuals come with the request.
     """
@@ -49,9 +51,11 @@ class UNetService:
         self._receiver = Receiver(self._shapes, borrower_of(settings))
         self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+        self.loras = replica_loras(unet.adapters, self._batcher.between, settings)
 
     def close(self) -> None:
         """After the last call."""
+        self.loras.close()
         self._batcher.close()
         self._receiver.close()
 
@@ -64,31 +68,46 @@ class UNetService:
         deadline.remaining()
         images = denoising.read(request, self._facts)
         conditions = await denoising.prepare(request.controls, self._controlnets, self._facts)
-        residuals = await self._receiver.read(request)
-        images = [
-            dataclasses.replace(image, conditions=conditions, residuals=given)
-            for image, given in zip(images, residuals, strict=True)
-        ]
-        computed = await self._batcher.submit(images, request.deterministic, deadline)
+        async with self.loras.hold(request.loras) as loras:
+            residuals = await self._receiver.read(request)
+            images = [
+                dataclasses.replace(image, conditions=conditions, residuals=given, loras=loras)
+                for image, given in zip(images, residuals, strict=True)
+            ]
+            computed = await self._batcher.submit(images, request.deterministic, deadline)
         return unet_pb2.DenoiseResponse(
             latent=tensors.encode(np.stack([done.result.latent_CHW for done in computed])),
             model_digest=self._facts.digest,
-            batch=max(done.batch for done in computed),
+            batch=max(done.result.batch for done in computed),
             controlnet_batch=max(done.result.controlnet_batch for done in computed),
             times=[spent("unet", computed, self._software)],
         )
 
     def _compute(self, images: Sequence[Image]) -> Sequence[_Done]:
-        """One forward pass."""
+        """One forward pass for each set of LoRAs."""
         noise_BCHW = denoising.noise(images, self._facts)
         added, batches = [image.residuals for image in images], [0] * len(images)
         if self._controlnets is not None:
             guided = denoising.guide(images, noise_BCHW, self._controlnets)
             added = [here.residuals or given for here, given in zip(guided, added, strict=True)]
             batches = [here.batch for here in guided]
-        prompts = Prompts.stack([image.prompt for image in images])
-        latents = self._unet.denoise(noise_BCHW, prompts, together(added, self._shapes), [image.init for image in images])
-        return [_Done(latent, batch) for latent, batch in zip(latents, batches, strict=True)]
+        done: dict[int, _Done] = {}
+        for places in _by_loras(images):
+            some = [images[i] for i in places]
+            residuals = together([added[i] for i in places], self._shapes)
+            with self._unet.adapters.use(some[0].loras):
+                prompts, inits = Prompts.stack([image.prompt for image in some]), [image.init for image in some]
+                latents = self._unet.denoise(noise_BCHW[places], prompts, residuals, inits)
+            done |= {i: _Done(latent, len(places), batches[i]) for i, latent in zip(places, latents, strict=True)}
+        return [done[i] for i in range(len(images))]
+
+
+def _by_loras(images: Sequence[Image]) -> list[list[int]]:
+    """The places of the images that have the same LoRAs."""
+    found: dict[object, list[int]] = {}
+    for i, image in enumerate(images):
+        found.setdefault(image.loras, []).append(i)
+    return list(found.values())
 
 
 def load(folder: Path, model_digest: str, settings: ServingSettings, fused: bool = False) -> UNetService:

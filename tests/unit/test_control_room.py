@@ -19,11 +19,12 @@ from services.fabric.models import Plan, Report, ServedModel, Version, Wanted, a
 from services.fabric.pointers import Found
 from services.gateway import deployment
 from services.gateway.keeper import Keeper
-from services.gateway.table import Entry, ModelTable
+from services.gateway.table import Entry
 from services.models import service
 from services.models.service import ControlRoom, Status
 from services.settings import ServingSettings
 from tests.models import tiny_folder
+from tests.tables import table_of
 
 
 class Cluster:
@@ -265,7 +266,7 @@ def stages() -> Stages:
 
 @pytest.fixture
 async def keeper(stages: Stages) -> AsyncIterator[Keeper]:
-    keeper = Keeper(ModelTable(1 << 20), stages.open)
+    keeper = Keeper(table_of(), stages.open)
     yield keeper
     await keeper.close()
 
@@ -280,7 +281,7 @@ REQUEST = gateway_pb2.GenerateRequest(prompt="red apple", seed=1)
 
 
 async def test_a_gateway_draws_with_a_bundle_before_it_serves_it(stages: Stages) -> None:
-    keeper = Keeper(table := ModelTable(1 << 20), stages.open)
+    keeper = Keeper(table := table_of(), stages.open)
     keeper.follow((Wanted("tiny", version("old")),))
     await settle()
     assert keeper.report().serving == {"tiny": "old"} and table.ready

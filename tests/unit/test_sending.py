@@ -37,7 +37,7 @@ class UNet:
         self.hold: asyncio.Event | None = None
         self.reached = asyncio.Event()
 
-    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline, affinity: str = "") -> bytes:
         assert name == "Denoise"
         for address in self.addresses:
             encoded = payload if isinstance(payload, bytes) else payload(address)

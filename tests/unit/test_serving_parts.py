@@ -66,7 +66,7 @@ class Refusing:
     field: str
     ready: bool = True
 
-    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline, affinity: str = "") -> bytes:
         if name == self.rpc:
             raise InvalidRequest(self.field, "nan", "finite numbers")
         return b""
@@ -109,7 +109,7 @@ class Recording:
     log: list[tuple[str, str, bytes]]
     ready: bool = True
 
-    async def call(self, name: str, payload: Payload, deadline: Deadline) -> bytes:
+    async def call(self, name: str, payload: Payload, deadline: Deadline, affinity: str = "") -> bytes:
         assert isinstance(payload, bytes)
         self.log.append((self.name, name, payload))
         return b""
