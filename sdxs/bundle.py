@@ -23,8 +23,10 @@ from pydantic import (
     model_serializer,
 )
 
+from sdxs import sizes
 from sdxs.errors import CorruptArtifact, InvalidRequest, NotFound
 from sdxs.onestep import OneStepConstants, probe_folder
+from sdxs.sizes import Size
 
 MANIFEST = "bundle.json"
 NAME = "[a-z0-9][a-z0-9._-]{0,63}"
@@ -92,8 +94,21 @@ class Manifest(BaseModel):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
-        return self.latent_channels, self.latent_size, self.latent_size
+        """(C, H, W) of one latent of the model's own size."""
+        return self.latent_of(Size.of(self.image_size))
+
+    @property
+    def upsampling(self) -> int:
+        """Pixels of an image to one of its latent, along a side."""
+        return self.image_size // self.latent_size
+
+    def size(self, width: int = 0, height: int = 0) -> Size:
+        """Of an image of that width and height, its own where they are 0. Raises InvalidRequest; see sdxs.sizes."""
+        return sizes.chosen(width, height, self.image_size, self.upsampling)
+
+    def latent_of(self, size: Size) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of an image."""
+        return self.latent_channels, size.height // self.upsampling, size.width // self.upsampling
 
     @classmethod
     def from_diffusers(cls, folder: Path, name: str = "", **facts: Any) -> Manifest:

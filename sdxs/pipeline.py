@@ -24,6 +24,7 @@ from sdxs.noise import image_seeds, latent_noise
 from sdxs.prompts import Prompts
 from sdxs.residuals import Residuals
 from sdxs.settings import Settings
+from sdxs.sizes import Size
 from sdxs.stages import ControlNets, Decoder, Encoder, TextEncoder, UNet
 
 
@@ -68,6 +69,8 @@ class OneStepPipeline:
         init_image: bytes = b"",
         strength: float = 1.0,
         loras: Sequence[Lora] = (),
+        width: int = 0,
+        height: int = 0,
     ) -> list[Image.Image]:
         """`n` images of each prompt. Image i of a prompt has seed + i, and is computed alone: the same bits whatever `n` is.
 
@@ -76,6 +79,7 @@ class OneStepPipeline:
             init_image: a file to start from.
             strength: how far to go from it, from 0 (exclusive) to 1 (all the way).
             loras: on the text encoder and the U-Net, not on ControlNets; what several change is summed.
+            width: of the images, as `height`; 0: the model's own. Others near it are drawn as well (sdxs.sizes), if not as well as that.
 
         Raises:
             InvalidRequest: something is out of range, cannot be read or does not fit the model; names the field.
@@ -84,26 +88,29 @@ class OneStepPipeline:
         """
         if n < 1:
             raise InvalidRequest("n", n, "1 or more")
-        conditions = [self._condition(control, f"controls[{i}]") for i, control in enumerate(controls)]
-        init, uses = self._init(init_image, strength), self.loras.uses(loras)
+        size = self.manifest.size(width, height)
+        conditions = [self._condition(control, size, f"controls[{i}]") for i, control in enumerate(controls)]
+        init, uses = self._init(init_image, strength, size), self.loras.uses(loras)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return [
-            Image.fromarray(self._paint(text, one, conditions, init, uses)) for text in prompts for one in image_seeds(seed, n)
+            Image.fromarray(self._paint(text, one, size, conditions, init, uses))
+            for text in prompts
+            for one in image_seeds(seed, n)
         ]
 
     def generate(self, prompt: str, seed: int) -> np.ndarray:
         """One image of a prompt alone, uint8 (H, W, 3)."""
-        return self._paint(prompt, seed, [], None)
+        return self._paint(prompt, seed, self.manifest.size())
 
     def named(self, controls: Sequence[Control]) -> list[Control]:
         """The controls, each with the name of the ControlNet that it picks. Raises InvalidRequest."""
         return [replace(control, controlnet=self._name(control, f"controls[{i}]")) for i, control in enumerate(controls)]
 
-    def _condition(self, control: Control, field: str) -> _Condition:
+    def _condition(self, control: Control, size: Size, field: str) -> _Condition:
         """Raises InvalidRequest that names the part of `field` at fault."""
         check_scale(control.scale, field)
         name = self._name(control, field)
-        map_HWC = map_of(control, self.manifest.image_size, field)
+        map_HWC = map_of(control, size, field)
         assert self.controlnets is not None
         return _Condition(name, map_HWC[None], self.controlnets.weights(control)[None])
 
@@ -112,18 +119,24 @@ class OneStepPipeline:
             raise InvalidRequest(field, control.type or control.controlnet, "none: this model has no ControlNet")
         return self.controlnets.pick(control, field)
 
-    def _init(self, init_image: bytes, strength: float) -> Init | None:
+    def _init(self, init_image: bytes, strength: float, size: Size) -> Init | None:
         check_strength(strength, init_image)
         if not init_image:
             return None
-        size = self.manifest.image_size
-        return Init(self._encoder().encode(fit(read_image(init_image, "init_image"), size, size)[None])[0], strength)
+        image_HWC = fit(read_image(init_image, "init_image"), size.height, size.width)
+        return Init(self._encoder().encode(image_HWC[None])[0], strength)
 
-    def _paint(
-        self, prompt: str, seed: int, conditions: Sequence[_Condition], init: Init | None, uses: Sequence[Use] = ()
+    def _paint(  # noqa: PLR0913  (see __call__)
+        self,
+        prompt: str,
+        seed: int,
+        size: Size,
+        conditions: Sequence[_Condition] = (),
+        init: Init | None = None,
+        uses: Sequence[Use] = (),
     ) -> np.ndarray:
         self.text_encoder.check(prompt)
-        noise_BCHW = latent_noise(seed, self.unet.latent_shape)[None]
+        noise_BCHW = latent_noise(seed, self.manifest.latent_of(size))[None]
         with self.text_encoder.adapters.use(uses):
             text = self.text_encoder.encode([prompt])
         added = self._residuals(noise_BCHW, text, conditions, init)

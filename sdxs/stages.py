@@ -118,7 +118,7 @@ class UNet:
         self.latent_shape = manifest.latent_shape
         self.text_shape = (manifest.max_prompt_tokens, manifest.text_width)
         self.pooled_width = manifest.pooled_width
-        self.image_size = manifest.image_size
+        self.upsampling = manifest.upsampling
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> UNet:
@@ -138,7 +138,7 @@ class UNet:
             inits: for each image the one it starts from, if any; none at all: none does.
         """
         entry, device = enter(noise_BCHW, self.constants, self.levels, inits), self.network.device
-        told = {"added_cond_kwargs": _added(prompts, self.image_size, self.network), **_additional(residuals, self.network)}
+        told = {"added_cond_kwargs": _added(prompts, noise_BCHW, self.upsampling, self.network), **_additional(residuals, self.network)}
         text_BLD = _given(prompts.text_BLD, self.network)
         output = self.network(*_entering(entry, self.network), text_BLD, return_dict=False, **told)[0].float()
         return _array(_factor(entry.a, device) * _tensor(entry.base_BCHW).to(device) + _factor(entry.b, device) * output)
@@ -154,12 +154,12 @@ def _factor(value: float | Array, device: torch.device) -> float | torch.Tensor:
     return _tensor(value).to(device) if isinstance(value, np.ndarray) else value
 
 
-def _added(prompts: Prompts, image_size: int, network: Any) -> dict[str, torch.Tensor] | None:
-    """SDXL's conditioning beside the text: pooled embeddings, and sizes that say an uncropped image of the model's own."""
+def _added(prompts: Prompts, noise_BCHW: Array, upsampling: int, network: Any) -> dict[str, torch.Tensor] | None:
+    """SDXL's conditioning beside the text: pooled embeddings, and sizes that say an uncropped image of just this size."""
     if prompts.pooled_BD is None:
         return None
-    size = float(image_size)
-    time_ids_B6 = torch.tensor([[size, size, 0.0, 0.0, size, size]], device=network.device).repeat(len(prompts.pooled_BD), 1)
+    size = [float(upsampling * side) for side in noise_BCHW.shape[2:]]
+    time_ids_B6 = torch.tensor([[*size, 0.0, 0.0, *size]], device=network.device).repeat(len(prompts.pooled_BD), 1)
     return {"text_embeds": _given(prompts.pooled_BD, network), "time_ids": time_ids_B6}
 
 
@@ -176,7 +176,7 @@ class ControlNets:
 
     def __init__(self, networks: dict[str, Any], manifest: bundle.Manifest, levels: Callable[[], Levels] = no_levels) -> None:
         self.networks, self.names, self.levels = networks, manifest.controlnets, functools.cache(levels)
-        self.constants, self.image_size = manifest.one_step, manifest.image_size
+        self.constants, self.upsampling = manifest.one_step, manifest.upsampling
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> ControlNets:
@@ -222,7 +222,7 @@ class ControlNets:
 
         Args:
             noise_BCHW: where the U-Net starts, unit noise.
-            maps_BHWC: uint8, of the model's image size.
+            maps_BHWC: uint8, of the images' size.
             weights_BR: of each image and residual.
             inits: as the U-Net's.
         """
@@ -230,7 +230,7 @@ class ControlNets:
         maps_BCHW = (_pixels(maps_BHWC, network) / 255).to(network.dtype).contiguous(memory_format=torch.channels_last)
         down, mid = network(
             *_entering(entry, network), _given(prompts.text_BLD, network), controlnet_cond=maps_BCHW,
-            added_cond_kwargs=_added(prompts, self.image_size, network), return_dict=False,
+            added_cond_kwargs=_added(prompts, noise_BCHW, self.upsampling, network), return_dict=False,
         )  # fmt: skip
         found = Residuals(tuple(part.float().contiguous() for part in (*down, mid)))
         return found.weighted(weights_BR)

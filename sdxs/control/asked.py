@@ -10,6 +10,7 @@ import numpy as np
 from sdxs.control.images import fit, read_image
 from sdxs.control.preprocessors import extract
 from sdxs.errors import InvalidRequest
+from sdxs.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def check_scale(scale: float, field: str) -> None:
         raise InvalidRequest(f"{field}.scale", scale, f"0 to {MAX_SCALE:g}")
 
 
-def map_of(control: Control, size: int, field: str) -> np.ndarray:
-    """The map that a ControlNet of images of `size` pixels a side reads: uint8 (size, size, 3).
+def map_of(control: Control, size: int | Size, field: str) -> np.ndarray:
+    """The map that a ControlNet of images of that size reads, of a square for one number: uint8 (height, width, 3).
 
     Args:
         field: what the control is called in errors, such as `controls[0]`.
@@ -58,7 +59,7 @@ def map_of(control: Control, size: int, field: str) -> np.ndarray:
         raise InvalidRequest(f"{field}.image_uri", control.image_uri, "none without a server: the image itself")
     image_HWC = read_image(control.image, f"{field}.image")
     if control.preprocessed:
-        return fit(image_HWC, size, size)
+        return fit(image_HWC, Size.of(size).height, Size.of(size).width)
     return extract(image_HWC, control.type, size, f"{field}.type")
 
 

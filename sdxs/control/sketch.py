@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from sdxs.sizes import Size
+
 Image = np.ndarray
 WORK = 256  # pixels of a side that strokes are thinned at, for models of up to as many
 LARGEST = 1024
@@ -11,8 +13,8 @@ FAINTEST = 24  # of 255: less contrast than this is paper
 REFERENCE = 64  # a pen stroke is one to two pixels of an image of this size
 
 
-def strokes(image_HWC: Image, size: int) -> Image:
-    """White strokes on black, uint8 (size, size). Nothing drawn gives a black map.
+def strokes(image_HWC: Image, size: Size) -> Image:
+    """White strokes on black, uint8 (height, width). Nothing drawn gives a black map.
 
     Args:
         image_HWC: RGB; dark strokes on light or light ones on dark, of any thickness, or a photograph of paper.
@@ -20,15 +22,16 @@ def strokes(image_HWC: Image, size: int) -> Image:
     import cv2
 
     mask = _drawn(_reduced(image_HWC))
-    work = max(WORK, size)
+    larger = max(1.0, WORK / max(size))
+    work = Size(round(larger * size.width), round(larger * size.height))
     lines = thinned(_larger_or_smaller(mask, work))
-    width = max(1, round(work / REFERENCE))
+    width = max(1, round(max(work) / REFERENCE))
     lines = cv2.dilate(lines, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width)))
     return pen(lines, size, 0.45, 50)
 
 
-def pen(lines: Image, size: int, softness: float, threshold: float) -> Image:
-    """Lines about a reference pixel thick, at any resolution, as a pen leaves them on an image of `size` pixels: corners rounded, uint8.
+def pen(lines: Image, size: int | Size, softness: float, threshold: float) -> Image:
+    """Lines about a reference pixel thick, at any resolution, as a pen leaves them on an image of that size: corners rounded, uint8.
 
     Args:
         softness: of the blur that rounds them, in pixels of a reference image.
@@ -36,9 +39,9 @@ def pen(lines: Image, size: int, softness: float, threshold: float) -> Image:
     """
     import cv2
 
-    soft = cv2.GaussianBlur(lines, (0, 0), softness * lines.shape[0] / REFERENCE)
+    soft = cv2.GaussianBlur(lines, (0, 0), softness * max(lines.shape) / REFERENCE)
     thick = (soft > threshold).astype(np.uint8) * 255
-    small = cv2.resize(thick, (size, size), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(thick, Size.of(size), interpolation=cv2.INTER_AREA)
     return np.where(small > 96, np.uint8(255), np.uint8(0))
 
 
@@ -71,12 +74,12 @@ def _drawn(image_HWC: Image) -> Image:
     return found
 
 
-def _larger_or_smaller(mask: Image, size: int) -> Image:
-    """A square of `size`, in which no line is lost on the way down."""
+def _larger_or_smaller(mask: Image, size: Size) -> Image:
+    """At that size, no line lost on the way down."""
     import cv2
 
-    covered = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-    shrinks = max(mask.shape) > size
+    covered = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    shrinks = max(mask.shape) > max(size)
     found: Image = (covered > (0.15 if shrinks else 0.5)).astype(np.uint8) * 255
     return found
 

@@ -27,25 +27,25 @@ from sdxs.v1 import tensor_pb2 as sdxs_dot_v1_dot_tensor__pb2
 from sdxs.v1 import unet_pb2 as sdxs_dot_v1_dot_unet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/decoder.proto\x12\x07sdxs.v1\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/tensor.proto\x1a\x12sdxs/v1/unet.proto\"\x88\x01\n\rDecodeRequest\x12(\n\x06latent\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.DenoiseResponse\x12$\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\x10\n\x08receipts\x18\x04 \x03(\t\"\x90\x01\n\x0e\x44\x65\x63odeResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x12\n\nunet_batch\x18\x03 \x01(\r\x12\x18\n\x10\x63ontrolnet_batch\x18\x04 \x01(\r\x12!\n\x05times\x18\x05 \x03(\x0b\x32\x12.sdxs.v1.StageTime\"(\n\x12\x45ncodeImageRequest\x12\x12\n\ninit_image\x18\x01 \x01(\x0c\"n\n\x13\x45ncodeImageResponse\x12\x1f\n\x06latent\x18\x01 \x01(\x0b\x32\x0f.sdxs.v1.Tensor\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12 \n\x04time\x18\x03 \x01(\x0b\x32\x12.sdxs.v1.StageTime\"Z\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12$\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r*\x85\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x01\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x14\n\x10IMAGE_FORMAT_RAW\x10\x04\x32\x95\x01\n\x0e\x44\x65\x63oderService\x12\x39\n\x06\x44\x65\x63ode\x12\x16.sdxs.v1.DecodeRequest\x1a\x17.sdxs.v1.DecodeResponse\x12H\n\x0b\x45ncodeImage\x12\x1b.sdxs.v1.EncodeImageRequest\x1a\x1c.sdxs.v1.EncodeImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sdxs/v1/decoder.proto\x12\x07sdxs.v1\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/tensor.proto\x1a\x12sdxs/v1/unet.proto\"\x88\x01\n\rDecodeRequest\x12(\n\x06latent\x18\x01 \x01(\x0b\x32\x18.sdxs.v1.DenoiseResponse\x12$\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\x10\n\x08receipts\x18\x04 \x03(\t\"\x90\x01\n\x0e\x44\x65\x63odeResponse\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.sdxs.v1.Image\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x12\n\nunet_batch\x18\x03 \x01(\r\x12\x18\n\x10\x63ontrolnet_batch\x18\x04 \x01(\r\x12!\n\x05times\x18\x05 \x03(\x0b\x32\x12.sdxs.v1.StageTime\"G\n\x12\x45ncodeImageRequest\x12\x12\n\ninit_image\x18\x01 \x01(\x0c\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\"n\n\x13\x45ncodeImageResponse\x12\x1f\n\x06latent\x18\x01 \x01(\x0b\x32\x0f.sdxs.v1.Tensor\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12 \n\x04time\x18\x03 \x01(\x0b\x32\x12.sdxs.v1.StageTime\"Z\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12$\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x14.sdxs.v1.ImageFormat\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r*\x85\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x01\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x14\n\x10IMAGE_FORMAT_RAW\x10\x04\x32\x95\x01\n\x0e\x44\x65\x63oderService\x12\x39\n\x06\x44\x65\x63ode\x12\x16.sdxs.v1.DecodeRequest\x1a\x17.sdxs.v1.DecodeResponse\x12H\n\x0b\x45ncodeImage\x12\x1b.sdxs.v1.EncodeImageRequest\x1a\x1c.sdxs.v1.EncodeImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.decoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGEFORMAT']._serialized_start=630
-  _globals['_IMAGEFORMAT']._serialized_end=763
+  _globals['_IMAGEFORMAT']._serialized_start=661
+  _globals['_IMAGEFORMAT']._serialized_end=794
   _globals['_DECODEREQUEST']._serialized_start=98
   _globals['_DECODEREQUEST']._serialized_end=234
   _globals['_DECODERESPONSE']._serialized_start=237
   _globals['_DECODERESPONSE']._serialized_end=381
   _globals['_ENCODEIMAGEREQUEST']._serialized_start=383
-  _globals['_ENCODEIMAGEREQUEST']._serialized_end=423
-  _globals['_ENCODEIMAGERESPONSE']._serialized_start=425
-  _globals['_ENCODEIMAGERESPONSE']._serialized_end=535
-  _globals['_IMAGE']._serialized_start=537
-  _globals['_IMAGE']._serialized_end=627
-  _globals['_DECODERSERVICE']._serialized_start=766
-  _globals['_DECODERSERVICE']._serialized_end=915
+  _globals['_ENCODEIMAGEREQUEST']._serialized_end=454
+  _globals['_ENCODEIMAGERESPONSE']._serialized_start=456
+  _globals['_ENCODEIMAGERESPONSE']._serialized_end=566
+  _globals['_IMAGE']._serialized_start=568
+  _globals['_IMAGE']._serialized_end=658
+  _globals['_DECODERSERVICE']._serialized_start=797
+  _globals['_DECODERSERVICE']._serialized_end=946
 # @@protoc_insertion_point(module_scope)

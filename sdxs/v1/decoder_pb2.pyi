@@ -50,10 +50,14 @@ class DecodeResponse(_message.Message):
     def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., batch: _Optional[int] = ..., unet_batch: _Optional[int] = ..., controlnet_batch: _Optional[int] = ..., times: _Optional[_Iterable[_Union[_stage_pb2.StageTime, _Mapping]]] = ...) -> None: ...
 
 class EncodeImageRequest(_message.Message):
-    __slots__ = ("init_image",)
+    __slots__ = ("init_image", "width", "height")
     INIT_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
     init_image: bytes
-    def __init__(self, init_image: _Optional[bytes] = ...) -> None: ...
+    width: int
+    height: int
+    def __init__(self, init_image: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class EncodeImageResponse(_message.Message):
     __slots__ = ("latent", "model_digest", "time")

@@ -370,7 +370,7 @@ class PublishedLora(_message.Message):
     def __init__(self, name: _Optional[str] = ..., pointer: _Optional[str] = ..., digest: _Optional[str] = ..., model: _Optional[str] = ..., rank: _Optional[int] = ..., trigger_words: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "width", "height", "max_prompt_tokens", "controlnets", "status")
+    __slots__ = ("name", "digest", "width", "height", "max_prompt_tokens", "controlnets", "status", "size_step", "min_side", "max_side", "max_pixels")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -378,6 +378,10 @@ class Model(_message.Message):
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTROLNETS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_STEP_FIELD_NUMBER: _ClassVar[int]
+    MIN_SIDE_FIELD_NUMBER: _ClassVar[int]
+    MAX_SIDE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     width: int
@@ -385,7 +389,11 @@ class Model(_message.Message):
     max_prompt_tokens: int
     controlnets: _containers.RepeatedCompositeFieldContainer[ControlNet]
     status: ModelStatus
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., controlnets: _Optional[_Iterable[_Union[ControlNet, _Mapping]]] = ..., status: _Optional[_Union[ModelStatus, _Mapping]] = ...) -> None: ...
+    size_step: int
+    min_side: int
+    max_side: int
+    max_pixels: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., controlnets: _Optional[_Iterable[_Union[ControlNet, _Mapping]]] = ..., status: _Optional[_Union[ModelStatus, _Mapping]] = ..., size_step: _Optional[int] = ..., min_side: _Optional[int] = ..., max_side: _Optional[int] = ..., max_pixels: _Optional[int] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
     __slots__ = ("state", "reference", "next_digest", "error")

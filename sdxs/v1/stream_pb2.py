@@ -29,43 +29,43 @@ from sdxs.v1 import lora_pb2 as sdxs_dot_v1_dot_lora__pb2
 from sdxs.v1 import stage_pb2 as sdxs_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sdxs/v1/stream.proto\x12\x07sdxs.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\x1a\x12sdxs/v1/lora.proto\x1a\x13sdxs/v1/stage.proto\"\xb7\x01\n\rStreamRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.sdxs.v1.StreamOpenH\x00\x12+\n\x08settings\x18\x02 \x01(\x0b\x32\x17.sdxs.v1.StreamSettingsH\x00\x12%\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x14.sdxs.v1.StreamFrameH\x00\x12%\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x14.sdxs.v1.StreamCloseH\x00\x42\x06\n\x04kind\"\\\n\nStreamOpen\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x08settings\x18\x02 \x01(\x0b\x32\x17.sdxs.v1.StreamSettings\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\"\xcc\x02\n\x0eStreamSettings\x12\x13\n\x06prompt\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12)\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x14.sdxs.v1.ImageFormatH\x02\x88\x01\x01\x12\x1a\n\rdeterministic\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12)\n\x08\x63ontrols\x18\x05 \x01(\x0b\x32\x17.sdxs.v1.StreamControls\x12\x17\n\ninit_image\x18\x06 \x01(\x0cH\x04\x88\x01\x01\x12\x15\n\x08strength\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12#\n\x05loras\x18\x08 \x01(\x0b\x32\x14.sdxs.v1.StreamLorasB\t\n\x07_promptB\x07\n\x05_seedB\t\n\x07_formatB\x10\n\x0e_deterministicB\r\n\x0b_init_imageB\x0b\n\t_strength\"+\n\x0bStreamLoras\x12\x1c\n\x05loras\x18\x01 \x03(\x0b\x32\r.sdxs.v1.Lora\"4\n\x0eStreamControls\x12\"\n\x08\x63ontrols\x18\x01 \x03(\x0b\x32\x10.sdxs.v1.Control\"\xdd\x01\n\x0bStreamFrame\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\"\n\x08\x63ontrols\x18\x04 \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\x05 \x01(\x0c\x12\x15\n\x08strength\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12*\n\x07timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07_promptB\x07\n\x05_seedB\x0b\n\t_strength\"\r\n\x0bStreamClose\"\xb6\x01\n\x0eStreamResponse\x12&\n\x05state\x18\x01 \x01(\x0b\x32\x15.sdxs.v1.SessionStateH\x00\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x13.sdxs.v1.FrameImageH\x00\x12(\n\x07\x64ropped\x18\x03 \x01(\x0b\x32\x15.sdxs.v1.FrameDroppedH\x00\x12$\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x13.sdxs.v1.FrameErrorH\x00\x42\x06\n\x04kind\"\xeb\x01\n\x0cSessionState\x12$\n\x05phase\x18\x01 \x01(\x0e\x32\x15.sdxs.v1.SessionPhase\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\x12%\n\x06reason\x18\x05 \x01(\x0e\x32\x15.sdxs.v1.ClosedReason\x12#\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x14.sdxs.v1.StreamError\x12\x15\n\rlast_answered\x18\x07 \x01(\x04\x12\x16\n\x0esettings_taken\x18\x08 \x01(\x04\"\xe3\x01\n\nFrameImage\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x1d\n\x05image\x18\x02 \x01(\x0b\x32\x0e.sdxs.v1.Image\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x12\n\nunet_batch\x18\x04 \x01(\r\x12\x15\n\rdecoder_batch\x18\x05 \x01(\r\x12\x18\n\x10\x63ontrolnet_batch\x18\x06 \x01(\r\x12\x16\n\x0equeued_seconds\x18\x07 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x08 \x01(\x01\x12\"\n\x06stages\x18\t \x03(\x0b\x32\x12.sdxs.v1.StageTime\"`\n\x0c\x46rameDropped\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.sdxs.v1.DropReason\x12\x19\n\x11standing_frame_id\x18\x03 \x01(\x04\"C\n\nFrameError\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x14.sdxs.v1.StreamError\";\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t*\x97\x01\n\x0cSessionPhase\x12\x1d\n\x19SESSION_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14SESSION_PHASE_QUEUED\x10\x01\x12\x18\n\x14SESSION_PHASE_ACTIVE\x10\x02\x12\x1a\n\x16SESSION_PHASE_DRAINING\x10\x03\x12\x18\n\x14SESSION_PHASE_CLOSED\x10\x04*\x93\x01\n\x0c\x43losedReason\x12\x1d\n\x19\x43LOSED_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43LOSED_REASON_CLIENT\x10\x01\x12\x19\n\x15\x43LOSED_REASON_DRAINED\x10\x02\x12\x16\n\x12\x43LOSED_REASON_IDLE\x10\x03\x12\x17\n\x13\x43LOSED_REASON_ERROR\x10\x04*\x8f\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44ROP_REASON_OVERTAKEN\x10\x01\x12\x18\n\x14\x44ROP_REASON_DEADLINE\x10\x02\x12\x17\n\x13\x44ROP_REASON_SIMILAR\x10\x03\x12\x16\n\x12\x44ROP_REASON_CLOSED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sdxs/v1/stream.proto\x12\x07sdxs.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15sdxs/v1/control.proto\x1a\x15sdxs/v1/decoder.proto\x1a\x12sdxs/v1/lora.proto\x1a\x13sdxs/v1/stage.proto\"\xb7\x01\n\rStreamRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.sdxs.v1.StreamOpenH\x00\x12+\n\x08settings\x18\x02 \x01(\x0b\x32\x17.sdxs.v1.StreamSettingsH\x00\x12%\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x14.sdxs.v1.StreamFrameH\x00\x12%\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x14.sdxs.v1.StreamCloseH\x00\x42\x06\n\x04kind\"\\\n\nStreamOpen\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x08settings\x18\x02 \x01(\x0b\x32\x17.sdxs.v1.StreamSettings\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\"\x8a\x03\n\x0eStreamSettings\x12\x13\n\x06prompt\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12)\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x14.sdxs.v1.ImageFormatH\x02\x88\x01\x01\x12\x1a\n\rdeterministic\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12)\n\x08\x63ontrols\x18\x05 \x01(\x0b\x32\x17.sdxs.v1.StreamControls\x12\x17\n\ninit_image\x18\x06 \x01(\x0cH\x04\x88\x01\x01\x12\x15\n\x08strength\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12#\n\x05loras\x18\x08 \x01(\x0b\x32\x14.sdxs.v1.StreamLoras\x12\x12\n\x05width\x18\t \x01(\rH\x06\x88\x01\x01\x12\x13\n\x06height\x18\n \x01(\rH\x07\x88\x01\x01\x42\t\n\x07_promptB\x07\n\x05_seedB\t\n\x07_formatB\x10\n\x0e_deterministicB\r\n\x0b_init_imageB\x0b\n\t_strengthB\x08\n\x06_widthB\t\n\x07_height\"+\n\x0bStreamLoras\x12\x1c\n\x05loras\x18\x01 \x03(\x0b\x32\r.sdxs.v1.Lora\"4\n\x0eStreamControls\x12\"\n\x08\x63ontrols\x18\x01 \x03(\x0b\x32\x10.sdxs.v1.Control\"\xdd\x01\n\x0bStreamFrame\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\"\n\x08\x63ontrols\x18\x04 \x03(\x0b\x32\x10.sdxs.v1.Control\x12\x12\n\ninit_image\x18\x05 \x01(\x0c\x12\x15\n\x08strength\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12*\n\x07timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07_promptB\x07\n\x05_seedB\x0b\n\t_strength\"\r\n\x0bStreamClose\"\xb6\x01\n\x0eStreamResponse\x12&\n\x05state\x18\x01 \x01(\x0b\x32\x15.sdxs.v1.SessionStateH\x00\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x13.sdxs.v1.FrameImageH\x00\x12(\n\x07\x64ropped\x18\x03 \x01(\x0b\x32\x15.sdxs.v1.FrameDroppedH\x00\x12$\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x13.sdxs.v1.FrameErrorH\x00\x42\x06\n\x04kind\"\xeb\x01\n\x0cSessionState\x12$\n\x05phase\x18\x01 \x01(\x0e\x32\x15.sdxs.v1.SessionPhase\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\x12%\n\x06reason\x18\x05 \x01(\x0e\x32\x15.sdxs.v1.ClosedReason\x12#\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x14.sdxs.v1.StreamError\x12\x15\n\rlast_answered\x18\x07 \x01(\x04\x12\x16\n\x0esettings_taken\x18\x08 \x01(\x04\"\xe3\x01\n\nFrameImage\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x1d\n\x05image\x18\x02 \x01(\x0b\x32\x0e.sdxs.v1.Image\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x12\n\nunet_batch\x18\x04 \x01(\r\x12\x15\n\rdecoder_batch\x18\x05 \x01(\r\x12\x18\n\x10\x63ontrolnet_batch\x18\x06 \x01(\r\x12\x16\n\x0equeued_seconds\x18\x07 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x08 \x01(\x01\x12\"\n\x06stages\x18\t \x03(\x0b\x32\x12.sdxs.v1.StageTime\"`\n\x0c\x46rameDropped\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.sdxs.v1.DropReason\x12\x19\n\x11standing_frame_id\x18\x03 \x01(\x04\"C\n\nFrameError\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x14.sdxs.v1.StreamError\";\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t*\x97\x01\n\x0cSessionPhase\x12\x1d\n\x19SESSION_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14SESSION_PHASE_QUEUED\x10\x01\x12\x18\n\x14SESSION_PHASE_ACTIVE\x10\x02\x12\x1a\n\x16SESSION_PHASE_DRAINING\x10\x03\x12\x18\n\x14SESSION_PHASE_CLOSED\x10\x04*\x93\x01\n\x0c\x43losedReason\x12\x1d\n\x19\x43LOSED_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43LOSED_REASON_CLIENT\x10\x01\x12\x19\n\x15\x43LOSED_REASON_DRAINED\x10\x02\x12\x16\n\x12\x43LOSED_REASON_IDLE\x10\x03\x12\x17\n\x13\x43LOSED_REASON_ERROR\x10\x04*\x8f\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44ROP_REASON_OVERTAKEN\x10\x01\x12\x18\n\x14\x44ROP_REASON_DEADLINE\x10\x02\x12\x17\n\x13\x44ROP_REASON_SIMILAR\x10\x03\x12\x16\n\x12\x44ROP_REASON_CLOSED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.stream_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONPHASE']._serialized_start=1987
-  _globals['_SESSIONPHASE']._serialized_end=2138
-  _globals['_CLOSEDREASON']._serialized_start=2141
-  _globals['_CLOSEDREASON']._serialized_end=2288
-  _globals['_DROPREASON']._serialized_start=2291
-  _globals['_DROPREASON']._serialized_end=2434
+  _globals['_SESSIONPHASE']._serialized_start=2049
+  _globals['_SESSIONPHASE']._serialized_end=2200
+  _globals['_CLOSEDREASON']._serialized_start=2203
+  _globals['_CLOSEDREASON']._serialized_end=2350
+  _globals['_DROPREASON']._serialized_start=2353
+  _globals['_DROPREASON']._serialized_end=2496
   _globals['_STREAMREQUEST']._serialized_start=153
   _globals['_STREAMREQUEST']._serialized_end=336
   _globals['_STREAMOPEN']._serialized_start=338
   _globals['_STREAMOPEN']._serialized_end=430
   _globals['_STREAMSETTINGS']._serialized_start=433
-  _globals['_STREAMSETTINGS']._serialized_end=765
-  _globals['_STREAMLORAS']._serialized_start=767
-  _globals['_STREAMLORAS']._serialized_end=810
-  _globals['_STREAMCONTROLS']._serialized_start=812
-  _globals['_STREAMCONTROLS']._serialized_end=864
-  _globals['_STREAMFRAME']._serialized_start=867
-  _globals['_STREAMFRAME']._serialized_end=1088
-  _globals['_STREAMCLOSE']._serialized_start=1090
-  _globals['_STREAMCLOSE']._serialized_end=1103
-  _globals['_STREAMRESPONSE']._serialized_start=1106
-  _globals['_STREAMRESPONSE']._serialized_end=1288
-  _globals['_SESSIONSTATE']._serialized_start=1291
-  _globals['_SESSIONSTATE']._serialized_end=1526
-  _globals['_FRAMEIMAGE']._serialized_start=1529
-  _globals['_FRAMEIMAGE']._serialized_end=1756
-  _globals['_FRAMEDROPPED']._serialized_start=1758
-  _globals['_FRAMEDROPPED']._serialized_end=1854
-  _globals['_FRAMEERROR']._serialized_start=1856
-  _globals['_FRAMEERROR']._serialized_end=1923
-  _globals['_STREAMERROR']._serialized_start=1925
-  _globals['_STREAMERROR']._serialized_end=1984
+  _globals['_STREAMSETTINGS']._serialized_end=827
+  _globals['_STREAMLORAS']._serialized_start=829
+  _globals['_STREAMLORAS']._serialized_end=872
+  _globals['_STREAMCONTROLS']._serialized_start=874
+  _globals['_STREAMCONTROLS']._serialized_end=926
+  _globals['_STREAMFRAME']._serialized_start=929
+  _globals['_STREAMFRAME']._serialized_end=1150
+  _globals['_STREAMCLOSE']._serialized_start=1152
+  _globals['_STREAMCLOSE']._serialized_end=1165
+  _globals['_STREAMRESPONSE']._serialized_start=1168
+  _globals['_STREAMRESPONSE']._serialized_end=1350
+  _globals['_SESSIONSTATE']._serialized_start=1353
+  _globals['_SESSIONSTATE']._serialized_end=1588
+  _globals['_FRAMEIMAGE']._serialized_start=1591
+  _globals['_FRAMEIMAGE']._serialized_end=1818
+  _globals['_FRAMEDROPPED']._serialized_start=1820
+  _globals['_FRAMEDROPPED']._serialized_end=1916
+  _globals['_FRAMEERROR']._serialized_start=1918
+  _globals['_FRAMEERROR']._serialized_end=1985
+  _globals['_STREAMERROR']._serialized_start=1987
+  _globals['_STREAMERROR']._serialized_end=2046
 # @@protoc_insertion_point(module_scope)

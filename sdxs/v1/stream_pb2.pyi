@@ -76,7 +76,7 @@ class StreamOpen(_message.Message):
     def __init__(self, model: _Optional[str] = ..., settings: _Optional[_Union[StreamSettings, _Mapping]] = ..., resume_token: _Optional[str] = ...) -> None: ...
 
 class StreamSettings(_message.Message):
-    __slots__ = ("prompt", "seed", "format", "deterministic", "controls", "init_image", "strength", "loras")
+    __slots__ = ("prompt", "seed", "format", "deterministic", "controls", "init_image", "strength", "loras", "width", "height")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,8 @@ class StreamSettings(_message.Message):
     INIT_IMAGE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     seed: int
     format: _decoder_pb2.ImageFormat
@@ -93,7 +95,9 @@ class StreamSettings(_message.Message):
     init_image: bytes
     strength: float
     loras: StreamLoras
-    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Union[StreamControls, _Mapping]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., loras: _Optional[_Union[StreamLoras, _Mapping]] = ...) -> None: ...
+    width: int
+    height: int
+    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., format: _Optional[_Union[_decoder_pb2.ImageFormat, str]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Union[StreamControls, _Mapping]] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., loras: _Optional[_Union[StreamLoras, _Mapping]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class StreamLoras(_message.Message):
     __slots__ = ("loras",)

@@ -29,7 +29,7 @@ from sdxs.v1 import tensor_pb2 as sdxs_dot_v1_dot_tensor__pb2
 from sdxs.v1 import text_encoder_pb2 as sdxs_dot_v1_dot_text__encoder__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12sdxs/v1/unet.proto\x12\x07sdxs.v1\x1a\x15sdxs/v1/control.proto\x1a\x12sdxs/v1/lora.proto\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/tensor.proto\x1a\x1asdxs/v1/text_encoder.proto\"\x80\x03\n\x0e\x44\x65noiseRequest\x12%\n\x04text\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.EncodeResponse\x12\r\n\x05seeds\x18\x02 \x03(\x04\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\"\n\x08\x63ontrols\x18\x04 \x03(\x0b\x32\x10.sdxs.v1.Control\x12*\n\x06shared\x18\x05 \x01(\x0b\x32\x18.sdxs.v1.SharedResidualsH\x00\x12*\n\x06inline\x18\x06 \x01(\x0b\x32\x18.sdxs.v1.InlineResidualsH\x00\x12*\n\x06\x64\x65vice\x18\n \x01(\x0b\x32\x18.sdxs.v1.DeviceResidualsH\x00\x12)\n\x0binit_latent\x18\x07 \x01(\x0b\x32\x0f.sdxs.v1.TensorH\x01\x88\x01\x01\x12\x10\n\x08strength\x18\x08 \x01(\x02\x12\x1f\n\x05loras\x18\t \x03(\x0b\x32\x10.sdxs.v1.LoraUseB\x0b\n\tresidualsB\x0e\n\x0c_init_latent\"1\n\x0fInlineResiduals\x12\x1e\n\x05parts\x18\x01 \x03(\x0b\x32\x0f.sdxs.v1.Tensor\"i\n\x0fSharedResiduals\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x1e\n\x06shapes\x18\x05 \x03(\x0b\x32\x0e.sdxs.v1.Shape\"\xdd\x01\n\x0f\x44\x65viceResiduals\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12#\n\x04host\x18\x03 \x01(\x0b\x32\x13.sdxs.v1.HostMemoryH\x00\x12#\n\x04\x63uda\x18\x04 \x01(\x0b\x32\x13.sdxs.v1.CudaMemoryH\x00\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12*\n\x0c\x65lement_type\x18\x06 \x01(\x0e\x32\x14.sdxs.v1.ElementType\x12\x1e\n\x06shapes\x18\x07 \x03(\x0b\x32\x0e.sdxs.v1.ShapeB\x08\n\x06memory\"\x18\n\nHostMemory\x12\n\n\x02\x66\x64\x18\x01 \x01(\r\"\x87\x01\n\nCudaMemory\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x1a\n\x12ref_counter_handle\x18\x05 \x01(\x0c\x12\x1a\n\x12ref_counter_offset\x18\x06 \x01(\x04\"\x16\n\x05Shape\x12\r\n\x05sizes\x18\x01 \x03(\r\"\x94\x01\n\x0f\x44\x65noiseResponse\x12\x1f\n\x06latent\x18\x01 \x01(\x0b\x32\x0f.sdxs.v1.Tensor\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x03 \x01(\r\x12\x18\n\x10\x63ontrolnet_batch\x18\x04 \x01(\r\x12!\n\x05times\x18\x05 \x03(\x0b\x32\x12.sdxs.v1.StageTime2K\n\x0bUNetService\x12<\n\x07\x44\x65noise\x12\x17.sdxs.v1.DenoiseRequest\x1a\x18.sdxs.v1.DenoiseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12sdxs/v1/unet.proto\x12\x07sdxs.v1\x1a\x15sdxs/v1/control.proto\x1a\x12sdxs/v1/lora.proto\x1a\x13sdxs/v1/stage.proto\x1a\x14sdxs/v1/tensor.proto\x1a\x1asdxs/v1/text_encoder.proto\"\x9f\x03\n\x0e\x44\x65noiseRequest\x12%\n\x04text\x18\x01 \x01(\x0b\x32\x17.sdxs.v1.EncodeResponse\x12\r\n\x05seeds\x18\x02 \x03(\x04\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\"\n\x08\x63ontrols\x18\x04 \x03(\x0b\x32\x10.sdxs.v1.Control\x12*\n\x06shared\x18\x05 \x01(\x0b\x32\x18.sdxs.v1.SharedResidualsH\x00\x12*\n\x06inline\x18\x06 \x01(\x0b\x32\x18.sdxs.v1.InlineResidualsH\x00\x12*\n\x06\x64\x65vice\x18\n \x01(\x0b\x32\x18.sdxs.v1.DeviceResidualsH\x00\x12)\n\x0binit_latent\x18\x07 \x01(\x0b\x32\x0f.sdxs.v1.TensorH\x01\x88\x01\x01\x12\x10\n\x08strength\x18\x08 \x01(\x02\x12\x1f\n\x05loras\x18\t \x03(\x0b\x32\x10.sdxs.v1.LoraUse\x12\r\n\x05width\x18\x0b \x01(\r\x12\x0e\n\x06height\x18\x0c \x01(\rB\x0b\n\tresidualsB\x0e\n\x0c_init_latent\"1\n\x0fInlineResiduals\x12\x1e\n\x05parts\x18\x01 \x03(\x0b\x32\x0f.sdxs.v1.Tensor\"i\n\x0fSharedResiduals\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x1e\n\x06shapes\x18\x05 \x03(\x0b\x32\x0e.sdxs.v1.Shape\"\xdd\x01\n\x0f\x44\x65viceResiduals\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12#\n\x04host\x18\x03 \x01(\x0b\x32\x13.sdxs.v1.HostMemoryH\x00\x12#\n\x04\x63uda\x18\x04 \x01(\x0b\x32\x13.sdxs.v1.CudaMemoryH\x00\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12*\n\x0c\x65lement_type\x18\x06 \x01(\x0e\x32\x14.sdxs.v1.ElementType\x12\x1e\n\x06shapes\x18\x07 \x03(\x0b\x32\x0e.sdxs.v1.ShapeB\x08\n\x06memory\"\x18\n\nHostMemory\x12\n\n\x02\x66\x64\x18\x01 \x01(\r\"\x87\x01\n\nCudaMemory\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x1a\n\x12ref_counter_handle\x18\x05 \x01(\x0c\x12\x1a\n\x12ref_counter_offset\x18\x06 \x01(\x04\"\x16\n\x05Shape\x12\r\n\x05sizes\x18\x01 \x03(\r\"\x94\x01\n\x0f\x44\x65noiseResponse\x12\x1f\n\x06latent\x18\x01 \x01(\x0b\x32\x0f.sdxs.v1.Tensor\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x03 \x01(\r\x12\x18\n\x10\x63ontrolnet_batch\x18\x04 \x01(\r\x12!\n\x05times\x18\x05 \x03(\x0b\x32\x12.sdxs.v1.StageTime2K\n\x0bUNetService\x12<\n\x07\x44\x65noise\x12\x17.sdxs.v1.DenoiseRequest\x1a\x18.sdxs.v1.DenoiseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sdxs.v1.unet_pb2', _globals
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DENOISEREQUEST']._serialized_start=146
-  _globals['_DENOISEREQUEST']._serialized_end=530
-  _globals['_INLINERESIDUALS']._serialized_start=532
-  _globals['_INLINERESIDUALS']._serialized_end=581
-  _globals['_SHAREDRESIDUALS']._serialized_start=583
-  _globals['_SHAREDRESIDUALS']._serialized_end=688
-  _globals['_DEVICERESIDUALS']._serialized_start=691
-  _globals['_DEVICERESIDUALS']._serialized_end=912
-  _globals['_HOSTMEMORY']._serialized_start=914
-  _globals['_HOSTMEMORY']._serialized_end=938
-  _globals['_CUDAMEMORY']._serialized_start=941
-  _globals['_CUDAMEMORY']._serialized_end=1076
-  _globals['_SHAPE']._serialized_start=1078
-  _globals['_SHAPE']._serialized_end=1100
-  _globals['_DENOISERESPONSE']._serialized_start=1103
-  _globals['_DENOISERESPONSE']._serialized_end=1251
-  _globals['_UNETSERVICE']._serialized_start=1253
-  _globals['_UNETSERVICE']._serialized_end=1328
+  _globals['_DENOISEREQUEST']._serialized_end=561
+  _globals['_INLINERESIDUALS']._serialized_start=563
+  _globals['_INLINERESIDUALS']._serialized_end=612
+  _globals['_SHAREDRESIDUALS']._serialized_start=614
+  _globals['_SHAREDRESIDUALS']._serialized_end=719
+  _globals['_DEVICERESIDUALS']._serialized_start=722
+  _globals['_DEVICERESIDUALS']._serialized_end=943
+  _globals['_HOSTMEMORY']._serialized_start=945
+  _globals['_HOSTMEMORY']._serialized_end=969
+  _globals['_CUDAMEMORY']._serialized_start=972
+  _globals['_CUDAMEMORY']._serialized_end=1107
+  _globals['_SHAPE']._serialized_start=1109
+  _globals['_SHAPE']._serialized_end=1131
+  _globals['_DENOISERESPONSE']._serialized_start=1134
+  _globals['_DENOISERESPONSE']._serialized_end=1282
+  _globals['_UNETSERVICE']._serialized_start=1284
+  _globals['_UNETSERVICE']._serialized_end=1359
 # @@protoc_insertion_point(module_scope)

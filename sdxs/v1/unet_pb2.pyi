@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DenoiseRequest(_message.Message):
-    __slots__ = ("text", "seeds", "deterministic", "controls", "shared", "inline", "device", "init_latent", "strength", "loras")
+    __slots__ = ("text", "seeds", "deterministic", "controls", "shared", "inline", "device", "init_latent", "strength", "loras", "width", "height")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SEEDS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,8 @@ class DenoiseRequest(_message.Message):
     INIT_LATENT_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
     text: _text_encoder_pb2.EncodeResponse
     seeds: _containers.RepeatedScalarFieldContainer[int]
     deterministic: bool
@@ -33,7 +35,9 @@ class DenoiseRequest(_message.Message):
     init_latent: _tensor_pb2.Tensor
     strength: float
     loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.LoraUse]
-    def __init__(self, text: _Optional[_Union[_text_encoder_pb2.EncodeResponse, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., shared: _Optional[_Union[SharedResiduals, _Mapping]] = ..., inline: _Optional[_Union[InlineResiduals, _Mapping]] = ..., device: _Optional[_Union[DeviceResiduals, _Mapping]] = ..., init_latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., strength: _Optional[float] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.LoraUse, _Mapping]]] = ...) -> None: ...
+    width: int
+    height: int
+    def __init__(self, text: _Optional[_Union[_text_encoder_pb2.EncodeResponse, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., deterministic: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., shared: _Optional[_Union[SharedResiduals, _Mapping]] = ..., inline: _Optional[_Union[InlineResiduals, _Mapping]] = ..., device: _Optional[_Union[DeviceResiduals, _Mapping]] = ..., init_latent: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., strength: _Optional[float] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.LoraUse, _Mapping]]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class InlineResiduals(_message.Message):
     __slots__ = ("parts",)

@@ -24,14 +24,16 @@ DESCRIPTOR = controlnet_pb2.DESCRIPTOR.services_by_name["ControlNetService"]
 
 
 class ControlNetService:
-    """Batches images across requests, grouped by ControlNet inside a batch."""
+    """Batches images of one size across requests, grouped by ControlNet inside a batch."""
 
     def __init__(self, controlnets: "ControlNets", sender: Sender, facts: Facts, settings: ServingSettings) -> None:
         self._controlnets = controlnets
         self._sender = sender
         self._facts = facts
         self._software = software(settings)
-        self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+        self._batcher = GreedyBatcher(
+            self._compute, settings.max_batch, settings.max_in_flight * MAX_IMAGES, lambda image: image.size
+        )
 
     def close(self) -> None:
         """After the last call."""
@@ -50,7 +52,7 @@ class ControlNetService:
         if request.WhichOneof("residuals") is not None:
             raise InvalidRequest("residuals", request.WhichOneof("residuals"), "none: they are computed here")
         images = denoising.read(request, self._facts)
-        conditions = await denoising.prepare(request.controls, self._controlnets, self._facts)
+        conditions = await denoising.prepare(request.controls, self._controlnets, images[0].size)
         del request.controls[:]
         if not conditions:
             return await self._sender.send(request, [], deadline)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxs import bundle, control, images, tensors
+from sdxs import bundle, control, images, sizes, tensors
 from sdxs.errors import InvalidRequest, PreconditionFailed
 from sdxs.noise import MAX_IMAGES
+from sdxs.sizes import Size
 from sdxs.v1 import decoder_pb2, unet_pb2
 from services.fabric.batcher import GreedyBatcher
 from services.fabric.deadline import Deadline
@@ -26,7 +27,7 @@ DESCRIPTOR = decoder_pb2.DESCRIPTOR.services_by_name["DecoderService"]
 
 
 class DecoderService:
-    """Batches latents across requests; encodes the images beside the device's thread, not in it."""
+    """Batches latents of one shape across requests; encodes the images beside the device's thread, not in it."""
 
     def __init__(
         self,
@@ -38,11 +39,13 @@ class DecoderService:
     ) -> None:
         self._decoder = decoder
         self._encoder = encoder
-        self._image_size = image_size
+        self._image_size, self._upsampling = image_size, image_size // decoder.latent_shape[1]
         self._encoding = GreedyBatcher(self._latent, max_batch=1, max_waiting=settings.max_in_flight)
         self._model_digest = model_digest
         self._software = software(settings)
-        self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+        self._batcher = GreedyBatcher(
+            self._compute, settings.max_batch, settings.max_in_flight * MAX_IMAGES, lambda latent_CHW: latent_CHW.shape
+        )
 
     def close(self) -> None:
         """After the last call."""
@@ -60,7 +63,12 @@ class DecoderService:
         deadline.remaining()
         if request.latent.model_digest != self._model_digest:
             raise InvalidRequest("latent.model_digest", request.latent.model_digest, self._model_digest)
-        latent_BCHW = tensors.decode(request.latent.latent, "latent.latent", (None, *self._decoder.latent_shape))
+        latent_BCHW = tensors.decode(request.latent.latent, "latent.latent", (None, self._decoder.latent_shape[0], None, None))
+        height, width = (self._upsampling * side for side in latent_BCHW.shape[2:])
+        try:
+            sizes.chosen(width, height, self._image_size, self._upsampling)
+        except InvalidRequest as error:
+            raise InvalidRequest("latent.latent.shape", list(latent_BCHW.shape), f"one of images with {error}") from None
         if not 1 <= len(latent_BCHW) <= MAX_IMAGES:
             raise InvalidRequest("latent.latent.shape", list(latent_BCHW.shape), f"1 to {MAX_IMAGES} latents")
         if not np.isfinite(latent_BCHW).all():
@@ -89,7 +97,8 @@ class DecoderService:
         deadline.remaining()
         if self._encoder is None:
             raise PreconditionFailed("this model has no image encoder, so it makes no images from images")
-        image_HWC = await asyncio.to_thread(_fitted, request.init_image, self._image_size)
+        size = sizes.chosen(request.width, request.height, self._image_size, self._upsampling)
+        image_HWC = await asyncio.to_thread(_fitted, request.init_image, size)
         [computed] = await self._encoding.submit([image_HWC], deadline=deadline)
         time, latent = spent("image_encoder", [computed], self._software), tensors.encode(computed.result)
         return decoder_pb2.EncodeImageResponse(latent=latent, model_digest=self._model_digest, time=time)
@@ -117,9 +126,9 @@ def load(folder: Path, model_digest: str, settings: ServingSettings) -> DecoderS
     return DecoderService(Decoder.from_bundle(folder, settings), model_digest, size, settings, encoder)
 
 
-def _fitted(data: bytes, size: int) -> tensors.Array:
-    """The file's pixels at the model's size. Raises InvalidRequest(field="init_image")."""
-    return control.fit(control.read_image(data, "init_image"), size, size)
+def _fitted(data: bytes, size: Size) -> tensors.Array:
+    """The file's pixels at that size. Raises InvalidRequest(field="init_image")."""
+    return control.fit(control.read_image(data, "init_image"), size.height, size.width)
 
 
 def _encode(image_HWC: tensors.Array, image_format: int, receipt: str) -> decoder_pb2.Image:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxs import bundle, control, tensors
+from sdxs import bundle, control, sizes, tensors
 from sdxs.errors import InvalidRequest
 from sdxs.image_to_image import Init
 from sdxs.noise import MAX_IMAGES, latent_noise
 from sdxs.prompts import Prompts
 from sdxs.residuals import Residuals
+from sdxs.sizes import Size
 from sdxs.v1 import control_pb2, text_encoder_pb2, unet_pb2
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class Facts:
 
     digest: str
     image_size: int
+    """Pixels of a side of the model's own images."""
     latent_shape: tuple[int, int, int]
+    """Of those."""
     text_shape: tuple[int, int]
     pooled_width: int
 
@@ -43,6 +46,15 @@ class Facts:
         manifest = bundle.facts(folder)
         text_shape = (manifest.max_prompt_tokens, manifest.text_width)
         return cls(digest, manifest.image_size, manifest.latent_shape, text_shape, manifest.pooled_width)
+
+    @property
+    def upsampling(self) -> int:
+        """Pixels of an image to one of its latent, along a side."""
+        return self.image_size // self.latent_shape[1]
+
+    def latent_of(self, size: Size) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of an image."""
+        return self.latent_shape[0], size.height // self.upsampling, size.width // self.upsampling
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Image:
 
     seed: int
     prompt: Prompts
+    size: Size
     init: Init | None = None
     """Image to image: what it starts from."""
     conditions: tuple[Condition, ...] = ()
@@ -83,8 +96,14 @@ def read(request: unet_pb2.DenoiseRequest, facts: Facts) -> list[Image]:
         raise InvalidRequest("seeds", len(request.seeds), f"1 to {MAX_IMAGES} seeds")
     if request.text.model_digest != facts.digest:
         raise InvalidRequest("text.model_digest", request.text.model_digest, facts.digest)
-    prompt, init = _prompt(request.text, facts), _init(request, facts)
-    return [Image(seed, prompt, init) for seed in request.seeds]
+    size = size_of(request, facts)
+    prompt, init = _prompt(request.text, facts), _init(request, facts.latent_of(size))
+    return [Image(seed, prompt, size, init) for seed in request.seeds]
+
+
+def size_of(request: unet_pb2.DenoiseRequest, facts: Facts) -> Size:
+    """Of its images. Raises InvalidRequest."""
+    return sizes.chosen(request.width, request.height, facts.image_size, facts.upsampling)
 
 
 def warming(facts: Facts) -> unet_pb2.DenoiseRequest:
@@ -105,37 +124,37 @@ def _prompt(encoded: text_encoder_pb2.EncodeResponse, facts: Facts) -> Prompts:
     return Prompts(text_LD[None], tensors.decode(encoded.pooled, "text.pooled", (facts.pooled_width,))[None])
 
 
-def _init(request: unet_pb2.DenoiseRequest, facts: Facts) -> Init | None:
+def _init(request: unet_pb2.DenoiseRequest, latent_shape: tuple[int, int, int]) -> Init | None:
     """Raises InvalidRequest."""
     if not request.HasField("init_latent"):
         return None
     if not 0 < request.strength <= 1:
         raise InvalidRequest("strength", request.strength, "above 0, at most 1")
-    latent_CHW = tensors.decode(request.init_latent, "init_latent", facts.latent_shape)
+    latent_CHW = tensors.decode(request.init_latent, "init_latent", latent_shape)
     if not np.isfinite(latent_CHW).all():
         raise InvalidRequest("init_latent.data", "not a number or infinite", "finite numbers")
     return Init(latent_CHW, request.strength)
 
 
 async def prepare(
-    controls: Sequence[control_pb2.Control], controlnets: "ControlNets | None", facts: Facts
+    controls: Sequence[control_pb2.Control], controlnets: "ControlNets | None", size: Size
 ) -> tuple[Condition, ...]:
-    """The controls' maps, made in threads. Raises InvalidRequest and NotFound that name the control's field."""
+    """The controls' maps for images of that size, made in threads. Raises InvalidRequest and NotFound that name the control's field."""
     if not controls:
         return ()
     if controlnets is None:
         raise InvalidRequest("controls", len(controls), "none: this replica hosts no ControlNets")
     making = [
-        asyncio.to_thread(_condition, message, controlnets, facts, f"controls[{i}]") for i, message in enumerate(controls)
+        asyncio.to_thread(_condition, message, controlnets, size, f"controls[{i}]") for i, message in enumerate(controls)
     ]
     return tuple(await asyncio.gather(*making))
 
 
-def _condition(message: control_pb2.Control, controlnets: "ControlNets", facts: Facts, field: str) -> Condition:
+def _condition(message: control_pb2.Control, controlnets: "ControlNets", size: Size, field: str) -> Condition:
     """One control's ControlNet, map and weights."""
     asked = control_of(message)
     name = controlnets.pick(asked, field)
-    return Condition(name, control.map_of(asked, facts.image_size, field), controlnets.weights(asked))
+    return Condition(name, control.map_of(asked, size, field), controlnets.weights(asked))
 
 
 def control_of(message: control_pb2.Control) -> control.Control:
@@ -145,8 +164,8 @@ def control_of(message: control_pb2.Control) -> control.Control:
 
 
 def noise(images: Sequence[Image], facts: Facts) -> Array:
-    """Where each image starts, [images, channels, height, width]."""
-    return np.stack([latent_noise(image.seed, facts.latent_shape) for image in images])
+    """Where each image starts, [images, channels, height, width]; all of one size."""
+    return np.stack([latent_noise(image.seed, facts.latent_of(image.size)) for image in images])
 
 
 def guide(images: Sequence[Image], noise_BCHW: Array, controlnets: "ControlNets", keep: bool = False) -> list[Guided]:

@@ -7,7 +7,7 @@ waits for its share, and none starves.
 
 import heapq
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from services.fabric.deadline import Priority
@@ -40,12 +40,32 @@ class FairQueue(Generic[Item]):
         """The next item. Raises IndexError when there is none."""
         return self._items[0][2]
 
+    def in_order(self) -> list[Item]:
+        """Each once, by its first turn. For items that can be keys."""
+        return list(dict.fromkeys(item for _, _, item in sorted(self._items, key=lambda entry: entry[:2])))
+
     def pop(self) -> Item:
         """The next item, taken out. Raises IndexError when there is none."""
         self._now, _, item = heapq.heappop(self._items)
-        if not self._items:  # a new busy period: nobody has had more than its share of it
-            self._finish.clear()
+        self._rest()
         return item
+
+    def pop_first(self, wanted: Callable[[Item], bool]) -> Item | None:
+        """The first item that is wanted, taken out before its turn; its flow has paid for it. None when there is none."""
+        if self._items and wanted(self.peek()):
+            return self.pop()
+        found = min((entry for entry in self._items if wanted(entry[2])), default=None, key=lambda entry: entry[:2])
+        if found is None:
+            return None
+        self._items.remove(found)
+        heapq.heapify(self._items)
+        self._rest()
+        return found[2]
+
+    def _rest(self) -> None:
+        """A new busy period begins with the next item: nobody has had more than its share of it."""
+        if not self._items:
+            self._finish.clear()
 
 
 class Line(Generic[Item]):
@@ -70,3 +90,12 @@ class Line(Generic[Item]):
     def pop(self) -> Item:
         """The next item, taken out. Raises IndexError when there is none."""
         return self._items[self._turns.pop()].pop()
+
+    def pop_first(self, wanted: Callable[[Item], bool]) -> Item | None:
+        """The first item that is wanted, taken out before its turn. None when there is none."""
+        for priority in self._turns.in_order():
+            found = self._items[priority].pop_first(wanted)
+            if found is not None:
+                self._turns.pop_first(lambda turn, mine=priority: turn is mine)
+                return found
+        return None

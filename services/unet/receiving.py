@@ -1,7 +1,7 @@
 """Residuals as they reach a U-Net replica: read on the device, from shared memory or from the message, and such as its network can add."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,12 +24,10 @@ class Receiver:
     A residual may be [images, C, 1, 1] too: some ControlNets add means of their maps.
 
     Args:
-        shapes: of the residuals of one image, (C, h, w) each.
         device: reads those that are on the device this U-Net computes on; None: they are refused.
     """
 
-    def __init__(self, shapes: Sequence[Shape], device: "DeviceBorrower | None" = None) -> None:
-        self._shapes = shapes
+    def __init__(self, device: "DeviceBorrower | None" = None) -> None:
         self._borrower, self._device = Borrower(), device
 
     def close(self) -> None:
@@ -38,51 +36,56 @@ class Receiver:
         if self._device is not None:
             self._device.close()
 
-    async def read(self, request: unet_pb2.DenoiseRequest) -> Sequence[Residuals | None]:
-        """For each image of the request. Raises InvalidRequest: field `device` or `shared` when they are in memory out of reach, else one
-        below `device`, `shared` or `inline`."""
+    async def read(self, request: unet_pb2.DenoiseRequest, shapes: Sequence[Shape]) -> Sequence[Residuals | None]:
+        """For each image of the request, of these shapes, (C, h, w) each. Raises InvalidRequest: field `device` or `shared` when they are
+        in memory out of reach, else one below `device`, `shared` or `inline`."""
         which, count = request.WhichOneof("residuals"), len(request.seeds)
         if which is None:
             return [None] * count
         if which == "device":
-            return (await self._copied(request.device, count)).rows()
-        found = self._borrowed(request.shared, count) if which == "shared" else self._decoded(request.inline, count)
+            return (await self._copied(request.device, count, shapes)).rows()
+        if which == "shared":
+            found = self._borrowed(request.shared, count, shapes)
+        else:
+            found = _decoded(request.inline, count, shapes)
         await asyncio.to_thread(_check_numbers, found, "shared.shapes[{}]" if which == "shared" else "inline.parts[{}].data")
         return found.rows()
 
-    async def _copied(self, message: unet_pb2.DeviceResiduals, count: int) -> Residuals:
+    async def _copied(self, message: unet_pb2.DeviceResiduals, count: int, shapes: Sequence[Shape]) -> Residuals:
         if self._device is None:
             raise InvalidRequest("device", f"process {message.pid}", "none: this replica reads no device's memory")
-        self._check_shapes("device.shapes", message.shapes, count)
+        _check_shapes("device.shapes", message.shapes, count, shapes)
         return await asyncio.to_thread(self._device.read, message)
 
-    def _borrowed(self, message: unet_pb2.SharedResiduals, count: int) -> Residuals:
-        self._check_shapes("shared.shapes", message.shapes, count)
+    def _borrowed(self, message: unet_pb2.SharedResiduals, count: int, shapes: Sequence[Shape]) -> Residuals:
+        _check_shapes("shared.shapes", message.shapes, count, shapes)
         return self._borrower.read(message)
 
-    def _check_shapes(self, field: str, shapes: Iterable[unet_pb2.Shape], count: int) -> None:
-        found = [tuple(shape.sizes) for shape in shapes]
-        self._check_number(field, len(found))
-        for i, shape in enumerate(found):
-            self._check_shape(f"{field}[{i}]", shape, (count, *self._shapes[i]))
 
-    def _decoded(self, message: unet_pb2.InlineResiduals, count: int) -> Residuals:
-        self._check_number("inline.parts", len(message.parts))
-        parts = [tensors.decode(part, f"inline.parts[{i}]") for i, part in enumerate(message.parts)]
-        for i, part in enumerate(parts):
-            self._check_shape(f"inline.parts[{i}].shape", part.shape, (count, *self._shapes[i]))
-            if part.dtype != np.float32:
-                raise InvalidRequest(f"inline.parts[{i}].element_type", str(part.dtype), "float32")
-        return Residuals(tuple(parts))
+def _decoded(message: unet_pb2.InlineResiduals, count: int, shapes: Sequence[Shape]) -> Residuals:
+    _check_count("inline.parts", len(message.parts), len(shapes))
+    parts = [tensors.decode(part, f"inline.parts[{i}]") for i, part in enumerate(message.parts)]
+    for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        _check_shape(f"inline.parts[{i}].shape", part.shape, (count, *shape))
+        if part.dtype != np.float32:
+            raise InvalidRequest(f"inline.parts[{i}].element_type", str(part.dtype), "float32")
+    return Residuals(tuple(parts))
 
-    @staticmethod
-    def _check_shape(field: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if found not in (expected, (*expected[:2], 1, 1)):
-            raise InvalidRequest(field, list(found), str(list(expected)))
 
-    def _check_number(self, field: str, found: int) -> None:
-        if found != len(self._shapes):
-            raise InvalidRequest(field, found, f"{len(self._shapes)} residuals, as this U-Net adds")
+def _check_shapes(field: str, found: Sequence[unet_pb2.Shape], count: int, shapes: Sequence[Shape]) -> None:
+    _check_count(field, len(found), len(shapes))
+    for i, (one, shape) in enumerate(zip(found, shapes, strict=True)):
+        _check_shape(f"{field}[{i}]", tuple(one.sizes), (count, *shape))
+
+
+def _check_shape(field: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found not in (expected, (*expected[:2], 1, 1)):
+        raise InvalidRequest(field, list(found), str(list(expected)))
+
+
+def _check_count(field: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise InvalidRequest(field, found, f"{expected} residuals, as this U-Net adds")
 
 
 def _check_numbers(residuals: Residuals, field: str) -> None:

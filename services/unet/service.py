@@ -10,6 +10,7 @@ import numpy as np
 from sdxs import tensors
 from sdxs.noise import MAX_IMAGES
 from sdxs.prompts import Prompts
+from sdxs.sizes import Size
 from sdxs.v1 import unet_pb2
 from services.fabric import denoising
 from services.fabric.batcher import GreedyBatcher
@@ -18,7 +19,7 @@ from services.fabric.denoising import Facts, Image
 from services.fabric.loras import replica_loras
 from services.fabric.times import software, spent
 from services.settings import ServingSettings
-from services.unet.receiving import Receiver, residual_shapes, together
+from services.unet.receiving import Receiver, Shape, residual_shapes, together
 
 if TYPE_CHECKING:
     from sdxs.stages import ControlNets, UNet
@@ -36,7 +37,7 @@ class _Done:
 
 
 class UNetService:
-    """Batches images across requests, those of different ControlNets or LoRAs included; the noise of each follows from its seed.
+    """Batches images of one size and the same LoRAs across requests, whatever their ControlNets; the noise of each follows from its seed.
 
     With `controlnets` it hosts them too (placement `fused`); without, residuals come with the request.
     """
@@ -47,10 +48,11 @@ class UNetService:
         self._unet = unet
         self._facts = facts
         self._controlnets = controlnets
-        self._shapes = residual_shapes(unet.network, facts.latent_shape)
-        self._receiver = Receiver(self._shapes, borrower_of(settings))
+        self._receiver = Receiver(borrower_of(settings))
         self._software = software(settings)
-        self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
+        self._batcher = GreedyBatcher(
+            self._compute, settings.max_batch, settings.max_in_flight * MAX_IMAGES, lambda image: (image.size, image.loras)
+        )
         self.loras = replica_loras(unet.adapters, self._batcher.between, settings)
 
     def close(self) -> None:
@@ -67,9 +69,9 @@ class UNetService:
         """[images, channels, height, width] float. Raises InvalidRequest that names the field at fault."""
         deadline.remaining()
         images = denoising.read(request, self._facts)
-        conditions = await denoising.prepare(request.controls, self._controlnets, self._facts)
+        conditions = await denoising.prepare(request.controls, self._controlnets, images[0].size)
         async with self.loras.hold(request.loras) as loras:
-            residuals = await self._receiver.read(request)
+            residuals = await self._receiver.read(request, self._shapes(images[0].size))
             images = [
                 dataclasses.replace(image, conditions=conditions, residuals=given, loras=loras)
                 for image, given in zip(images, residuals, strict=True)
@@ -84,30 +86,21 @@ class UNetService:
         )
 
     def _compute(self, images: Sequence[Image]) -> Sequence[_Done]:
-        """One forward pass for each set of LoRAs."""
+        """One forward pass; all images are of one size and have the same LoRAs."""
         noise_BCHW = denoising.noise(images, self._facts)
         added, batches = [image.residuals for image in images], [0] * len(images)
         if self._controlnets is not None:
             guided = denoising.guide(images, noise_BCHW, self._controlnets)
             added = [here.residuals or given for here, given in zip(guided, added, strict=True)]
             batches = [here.batch for here in guided]
-        done: dict[int, _Done] = {}
-        for places in _by_loras(images):
-            some = [images[i] for i in places]
-            residuals = together([added[i] for i in places], self._shapes)
-            with self._unet.adapters.use(some[0].loras):
-                prompts, inits = Prompts.stack([image.prompt for image in some]), [image.init for image in some]
-                latents = self._unet.denoise(noise_BCHW[places], prompts, residuals, inits)
-            done |= {i: _Done(latent, len(places), batches[i]) for i, latent in zip(places, latents, strict=True)}
-        return [done[i] for i in range(len(images))]
+        prompts, inits = Prompts.stack([image.prompt for image in images]), [image.init for image in images]
+        with self._unet.adapters.use(images[0].loras):
+            latents = self._unet.denoise(noise_BCHW, prompts, together(added, self._shapes(images[0].size)), inits)
+        return [_Done(latent, len(images), batch) for latent, batch in zip(latents, batches, strict=True)]
 
-
-def _by_loras(images: Sequence[Image]) -> list[list[int]]:
-    """The places of the images that have the same LoRAs."""
-    found: dict[object, list[int]] = {}
-    for i, image in enumerate(images):
-        found.setdefault(image.loras, []).append(i)
-    return list(found.values())
+    def _shapes(self, size: Size) -> tuple[Shape, ...]:
+        """Of the residuals of an image."""
+        return residual_shapes(self._unet.network, self._facts.latent_of(size))
 
 
 def load(folder: Path, model_digest: str, settings: ServingSettings, fused: bool = False) -> UNetService:
