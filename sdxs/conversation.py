@@ -29,6 +29,9 @@ class Look(TypedDict, total=False):
     init_image: bytes
     """Empty bytes take it away."""
     strength: float
+    width: int
+    """Pixels; 0: the model's own."""
+    height: int
     loras: Sequence[Lora]
     """An empty list takes them away."""
 

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from sdxs.control import Control
 from sdxs.errors import InvalidRequest
+from sdxs.sizes import Size
 from sdxs.v1 import control_pb2, decoder_pb2
 
 JPEG, PNG, WEBP, RAW = (
@@ -85,6 +86,11 @@ def receipt(prompt: str, seed: int, model: str, digest: str, steering: Mapping[s
         steering: see there.
     """
     return json.dumps({"prompt": prompt, "seed": seed, "model": model, "digest": digest, **(steering or {})})
+
+
+def sized(size: Size, own: Size) -> dict[str, Any]:
+    """A receipt's part on the image's size; empty for the model's own."""
+    return {} if size == own else size._asdict()
 
 
 def steering(controls: Iterable[Control | control_pb2.Control], init_image: bytes, strength: float) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class OneStepPipeline:
         image_HWC = fit(read_image(init_image, "init_image"), size.height, size.width)
         return Init(self._encoder().encode(image_HWC[None])[0], strength)
 
-    def _paint(  # noqa: PLR0913  (see __call__)
+    def _paint(
         self,
         prompt: str,
         seed: int,

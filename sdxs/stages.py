@@ -144,7 +144,10 @@ class UNet:
             inits: for each image the one it starts from, if any; none at all: none does.
         """
         entry, device = enter(noise_BCHW, self.constants, self.levels, inits), self.network.device
-        told = {"added_cond_kwargs": _added(prompts, noise_BCHW, self.upsampling, self.network), **_additional(residuals, self.network)}
+        told = {
+            "added_cond_kwargs": _added(prompts, noise_BCHW, self.upsampling, self.network),
+            **_additional(residuals, self.network),
+        }
         text_BLD = _given(prompts.text_BLD, self.network)
         output = self.network(*_entering(entry, self.network), text_BLD, return_dict=False, **told)[0].float()
         return _array(_factor(entry.a, device) * _tensor(entry.base_BCHW).to(device) + _factor(entry.b, device) * output)

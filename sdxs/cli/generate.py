@@ -39,6 +39,8 @@ def generate(  # noqa: PLR0913  (one argument per option)
     ] = "emoji",
     seed: Annotated[int, typer.Option(help="Same seed, same image. Image i of a request has seed + i.")] = 0,
     n: Annotated[int, typer.Option("-n", min=1, max=MAX_IMAGES, help="How many images.")] = 1,
+    width: Annotated[int, typer.Option(min=0, help="Pixels; 0: the model's own.")] = 0,
+    height: Annotated[int, typer.Option(min=0, help="Pixels; 0: the model's own.")] = 0,
     server: Annotated[
         str | None, typer.Option(help="host:port of a gateway; without it the image is made in this process.")
     ] = None,
@@ -93,7 +95,7 @@ def generate(  # noqa: PLR0913  (one argument per option)
     )
     check_strength(steering.strength, start.image or start.image_uri.encode())
     began = time.perf_counter()
-    request = Request(prompt, model, seed, n, SUFFIXES[output.suffix.lower()], steering)
+    request = Request(prompt, model, seed, n, SUFFIXES[output.suffix.lower()], steering, width, height)
     files = _from_server(request, server) if server else _in_process(request)
     paths = [output if n == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(n)]
     _write(paths, files)
@@ -135,6 +137,8 @@ class Request:
     n: int
     kind: str
     steering: Steering
+    width: int
+    height: int
 
 
 def _controls(  # noqa: PLR0913  (one argument per option)
@@ -224,10 +228,13 @@ def _in_process(request: Request) -> list[bytes]:
 
     pipeline, steering = OneStepPipeline.from_bundle(folder, settings), request.steering
     made = pipeline(
-        request.prompt, request.seed, request.n, steering.controls, steering.init_image, steering.strength, steering.loras
-    )
+        request.prompt, request.seed, request.n, steering.controls, steering.init_image, steering.strength, steering.loras,
+        request.width, request.height,
+    )  # fmt: skip
     name, digest = pipeline.manifest.name, pipeline.manifest.digest
-    facts = images.steering(pipeline.named(steering.controls), steering.init_image, steering.strength)
+    manifest = pipeline.manifest
+    facts = images.sized(manifest.size(request.width, request.height), manifest.size())
+    facts |= images.steering(pipeline.named(steering.controls), steering.init_image, steering.strength)
     facts |= images.styles(pipeline.loras.applied(steering.loras))
     receipts = [images.receipt(request.prompt, one, name, digest, facts) for one in image_seeds(request.seed, request.n)]
     return [
@@ -245,6 +252,8 @@ def _from_server(request: Request, server: str) -> list[bytes]:
         "n": request.n,
         "format": request.kind,
         "deterministic": True,
+        "width": request.width,
+        "height": request.height,
     }
     steering = request.steering
     if steering.controls:

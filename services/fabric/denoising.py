@@ -144,9 +144,7 @@ async def prepare(
         return ()
     if controlnets is None:
         raise InvalidRequest("controls", len(controls), "none: this replica hosts no ControlNets")
-    making = [
-        asyncio.to_thread(_condition, message, controlnets, size, f"controls[{i}]") for i, message in enumerate(controls)
-    ]
+    making = [asyncio.to_thread(_condition, message, controlnets, size, f"controls[{i}]") for i, message in enumerate(controls)]
     return tuple(await asyncio.gather(*making))
 
 

@@ -5,8 +5,10 @@ each flow had its share of the device to itself; the smallest tag is next. A flo
 waits for its share, and none starves.
 """
 
+import functools
 import heapq
 import itertools
+import operator
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -96,6 +98,6 @@ class Line(Generic[Item]):
         for priority in self._turns.in_order():
             found = self._items[priority].pop_first(wanted)
             if found is not None:
-                self._turns.pop_first(lambda turn, mine=priority: turn is mine)
+                self._turns.pop_first(functools.partial(operator.is_, priority))
                 return found
         return None

@@ -18,6 +18,8 @@ class ServedModel:
     max_prompt_tokens: int
     controlnets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Types by name; no types: any."""
+    size_step: int = 8
+    """Sides of images are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Report:
 def served_model(manifest: Manifest) -> ServedModel:
     """What the gateway needs to know of a bundle."""
     size = manifest.image_size
-    return ServedModel(manifest.name, manifest.digest, size, size, manifest.max_prompt_tokens, manifest.controlnets)
+    return ServedModel(
+        manifest.name, manifest.digest, size, size, manifest.max_prompt_tokens, manifest.controlnets, manifest.upsampling
+    )
 
 
 PREFIX = "sdxs-"

@@ -93,10 +93,15 @@ class Chain:
         text = await self._encode(order, deadline, times)
         loras = Loras.of(order, ("unet",))
         options = unet_pb2.DenoiseRequest(
-            seeds=order.seeds, deterministic=order.deterministic, controls=order.controls, loras=loras.uses
+            seeds=order.seeds,
+            deterministic=order.deterministic,
+            controls=order.controls,
+            loras=loras.uses,
+            width=order.size.width,
+            height=order.size.height,
         )
         if order.init_image:
-            encoded = await self._encode_image(order.init_image, deadline)
+            encoded = await self._encode_image(order, deadline)
             times.append(encoded.time)
             options.init_latent.CopyFrom(encoded.latent)
             options.strength = order.strength
@@ -119,9 +124,10 @@ class Chain:
         """Raises InvalidRequest(field="prompt") for what the text encoder would refuse."""
         await self._encode(order, deadline, [])
 
-    async def _encode_image(self, init_image: bytes, deadline: Deadline) -> decoder_pb2.EncodeImageResponse:
+    async def _encode_image(self, order: Order, deadline: Deadline) -> decoder_pb2.EncodeImageResponse:
         """The init image's latent."""
-        request = decoder_pb2.EncodeImageRequest(init_image=init_image).SerializeToString()
+        width, height = order.size
+        request = decoder_pb2.EncodeImageRequest(init_image=order.init_image, width=width, height=height).SerializeToString()
         answer = await _call(self._decoder, "EncodeImage", request, deadline)
         return decoder_pb2.EncodeImageResponse.FromString(answer)
 

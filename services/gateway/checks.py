@@ -6,11 +6,12 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sdxs import control
+from sdxs import control, sizes
 from sdxs import images as files
 from sdxs.errors import InvalidRequest, NotFound
 from sdxs.lora.manifest import LoraManifest
 from sdxs.noise import MAX_IMAGES
+from sdxs.sizes import Size
 from sdxs.v1 import control_pb2, decoder_pb2, gateway_pb2, lora_pb2
 from services.fabric.models import ServedModel
 
@@ -42,6 +43,7 @@ class Order:
     """A request that has been checked, every choice made."""
 
     model: ServedModel
+    size: Size
     prompt: str
     seeds: tuple[int, ...]
     format: "decoder_pb2.ImageFormat"
@@ -69,8 +71,7 @@ def order(
         lora: gives the manifest of each LoRA of the request, whose names are digests.
     """
     model = _model(request.model, models)
-    _size("width", request.width, model.width)
-    _size("height", request.height, model.height)
+    size = sizes.chosen(request.width, request.height, model.width, model.size_step)
     n = request.n or 1
     if n > MAX_IMAGES:
         raise InvalidRequest("n", request.n, f"1 to {MAX_IMAGES}, 0 for 1")
@@ -84,7 +85,16 @@ def order(
     controls = _controls(request, model)
     loras = tuple(_lora(each, lora(each.name)) for each in request.loras)
     return Order(
-        model, prompt, seeds, request.format, request.deterministic, controls, request.init_image, _strength(request), loras
+        model,
+        size,
+        prompt,
+        seeds,
+        request.format,
+        request.deterministic,
+        controls,
+        request.init_image,
+        _strength(request),
+        loras,
     )
 
 
@@ -132,12 +142,6 @@ def _model(name: str, models: Mapping[str, ServedModel]) -> ServedModel:
         if name in (model.name, model.digest):
             return model
     raise UnknownModel(f"model {name[:100]!r} is not served here; {', '.join(models)} is")
-
-
-def _size(field: str, asked: int, made: int) -> None:
-    """0 or the size the model makes."""
-    if asked not in (0, made):
-        raise InvalidRequest(field, asked, f"{made}, or 0 for the model's own")
 
 
 def _bytes(request: gateway_pb2.GenerateRequest, limit: int) -> None:
@@ -195,7 +199,9 @@ def images(order: Order) -> list[tuple[str, bytes]]:
 
 def receipts(order: Order) -> list[str]:
     """What the file of each image of an order carries."""
-    steering = files.steering(order.controls, order.init_image, order.strength) | files.styles(order.loras)
+    own = Size(order.model.width, order.model.height)
+    steering = files.sized(order.size, own) | files.steering(order.controls, order.init_image, order.strength)
+    steering |= files.styles(order.loras)
     return [files.receipt(order.prompt, seed, order.model.name, order.model.digest, steering) for seed in order.seeds]
 
 

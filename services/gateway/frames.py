@@ -92,6 +92,8 @@ class Reader:
             init_image=init_image,
             strength=_strength(settings, frame, init_image),
             loras=settings.loras.loras,
+            width=settings.width,
+            height=settings.height,
         )
 
     def _deadline(self, message: stream_pb2.StreamFrame) -> Deadline:

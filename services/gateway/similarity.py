@@ -80,6 +80,7 @@ def _said(order: Order) -> tuple[Any, ...]:
     controls = tuple((each.type, each.controlnet, each.scale, each.guess, each.preprocessed) for each in order.controls)
     return (
         order.model.digest,
+        order.size,
         order.prompt,
         order.seeds,
         order.format,

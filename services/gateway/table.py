@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from sdxs import sizes
 from sdxs.errors import Unavailable
 from sdxs.v1 import gateway_pb2
 from services.fabric.models import Plan, ServedModel, Wanted
@@ -183,6 +184,7 @@ def _listed(line: Wanted, entry: Entry | None) -> gateway_pb2.Model:
     else:
         status.state = gateway_pb2.MODEL_STATE_SERVING if entry.chain.ready else gateway_pb2.MODEL_STATE_BROKEN
     model = entry.model
+    shortest, longest = sizes.bounds(model.width, model.size_step)
     return gateway_pb2.Model(
         name=model.name,
         digest=model.digest,
@@ -191,4 +193,8 @@ def _listed(line: Wanted, entry: Entry | None) -> gateway_pb2.Model:
         max_prompt_tokens=model.max_prompt_tokens,
         controlnets=[gateway_pb2.ControlNet(name=name, types=types) for name, types in model.controlnets.items()],
         status=status,
+        size_step=model.size_step,
+        min_side=shortest,
+        max_side=longest,
+        max_pixels=int(sizes.MAX_AREA * model.width * model.height),
     )

@@ -44,11 +44,9 @@ class Receiver:
             return [None] * count
         if which == "device":
             return (await self._copied(request.device, count, shapes)).rows()
-        if which == "shared":
-            found = self._borrowed(request.shared, count, shapes)
-        else:
-            found = _decoded(request.inline, count, shapes)
-        await asyncio.to_thread(_check_numbers, found, "shared.shapes[{}]" if which == "shared" else "inline.parts[{}].data")
+        shared = which == "shared"
+        found = self._borrowed(request.shared, count, shapes) if shared else _decoded(request.inline, count, shapes)
+        await asyncio.to_thread(_check_numbers, found, "shared.shapes[{}]" if shared else "inline.parts[{}].data")
         return found.rows()
 
     async def _copied(self, message: unet_pb2.DeviceResiduals, count: int, shapes: Sequence[Shape]) -> Residuals:

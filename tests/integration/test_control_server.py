@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +110,18 @@ class Ask:
     controls: tuple[Control, ...] = ()
     init_image: bytes = b""
     strength: float = 1.0
+    width: int = 0
+    height: int = 0
 
     def of(self, client: Client, seed: int = 5, **options: Any) -> Any:
         if self.init_image:
             options |= {"init_image": self.init_image, "strength": self.strength}
-        return client.generate(PROMPT, seed=seed, format="raw", controls=self.controls, **options)
+        size: Any = {"width": self.width, "height": self.height}
+        return client.generate(PROMPT, seed=seed, format="raw", controls=self.controls, **size, **options)
 
     def here(self, pipeline: OneStepPipeline, seed: int = 5) -> np.ndarray:
-        return np.asarray(pipeline(PROMPT, seed, 1, self.controls, self.init_image, self.strength)[0], np.int16)
+        size: Any = {"width": self.width, "height": self.height}
+        return np.asarray(pipeline(PROMPT, seed, 1, self.controls, self.init_image, self.strength, **size)[0], np.int16)
 
 
 EDGE, SKETCH, COLOUR = Control(DRAWING, "edge"), Control(SMALL, "sketch"), Control(OTHER, "colour")
@@ -137,6 +141,9 @@ ASKS = {
     "image to image, other size": Ask(init_image=SMALL, strength=0.9),
     "both": Ask((COLOUR, EDGE), DRAWING, 0.6),
     "all the way": Ask((EDGE,), DRAWING, 1.0),
+    "wide": Ask(width=48),
+    "tall, two": Ask((EDGE, Control(OTHER, "sketch", scale=0.6)), width=24, height=40),
+    "tall, both": Ask((COLOUR, EDGE), DRAWING, 0.6, width=24, height=40),
 }
 
 
@@ -149,8 +156,9 @@ def test_a_served_image_is_the_in_process_one(client: Client, pipeline: OneStepP
     way = {"image_encoder": bool(ask.init_image), "controlnet": bool(ask.controls), "unet": True, "decoder": True}
     stages = [stage.stage for stage in served.receipt.stages if stage.stage != "text_encoder"]
     assert stages == [stage for stage, passed in way.items() if passed]
-    plain = Ask().here(pipeline)
-    if ask != Ask():
+    assert (served.receipt.height, served.receipt.width) == here.shape[:2] == (ask.height or 32, ask.width or 32)
+    plain = Ask(width=ask.width, height=ask.height).here(pipeline)
+    if replace(ask, width=0, height=0) != Ask():
         assert np.abs(here - plain).max() > 8, "it changes nothing"
 
 
@@ -195,6 +203,40 @@ def test_all_kinds_of_requests_are_batched_together(
     for (ask, seed), one in zip(asked, served, strict=True):
         found = np.asarray(one.images[0].pil(), np.int16)
         assert np.abs(found - ask.here(pipeline, seed)).max() <= 1
+
+
+@pytest.mark.parametrize("where", ["address", "fused"])
+def test_images_of_one_size_are_batched_past_those_of_others(
+    request: pytest.FixtureRequest, pipeline: OneStepPipeline, where: str
+) -> None:
+    """However the sizes come, each waits in its bucket, and every image is its own."""
+    kinds = [Ask(), Ask(width=48), Ask((EDGE,), width=24, height=40), Ask((COLOUR,)), Ask((), DRAWING, 0.5, width=48)]
+    asked = [(kinds[i % len(kinds)], i) for i in range(60)]
+    with Client(request.getfixturevalue(where)) as client, ThreadPoolExecutor(30) as threads:
+        served = list(threads.map(lambda one: one[0].of(client, seed=one[1]), asked))
+    for size in {(ask.width, ask.height) for ask in kinds}:
+        batches = [
+            one.receipt.unet_batch for (ask, _), one in zip(asked, served, strict=True) if (ask.width, ask.height) == size
+        ]
+        assert max(batches) > 2, size
+    for (ask, seed), one in zip(asked, served, strict=True):
+        found = np.asarray(one.images[0].pil(), np.int16)
+        assert np.abs(found - ask.here(pipeline, seed)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "field", "allowed"),
+    [
+        ({"width": 33}, "width", "a multiple of 8 from 16 to 64"),
+        ({"height": 8}, "height", "a multiple of 8"),
+        ({"width": 72}, "width", "from 16 to 64"),
+        ({"width": 64, "height": 64}, "width", "at most 1536 pixels"),
+    ],
+)
+def test_other_sizes_are_refused(client: Client, size: Any, field: str, allowed: str) -> None:
+    with pytest.raises(InvalidRequest, match=allowed) as caught:
+        client.generate(PROMPT, **size)
+    assert caught.value.field == field
 
 
 def test_a_receipt_says_what_steered(client: Client) -> None:
@@ -359,6 +401,7 @@ WISHES = st.tuples(
     st.integers(1, 2),
     st.sampled_from(["none", "edge"]),
     st.booleans(),
+    st.sampled_from([0, 48]),
 )
 
 
@@ -367,33 +410,34 @@ WISHES = st.tuples(
     st.lists(st.tuples(WISHES, st.sampled_from(["a", "b"]), st.sampled_from(["high", "low"])), min_size=2, max_size=8)
 )
 def test_the_same_request_is_the_same_image_in_any_company(
-    address: str, pipeline: OneStepPipeline, calls: list[tuple[tuple[str, int, int, str, bool], str, Any]]
+    address: str, pipeline: OneStepPipeline, calls: list[tuple[tuple[str, int, int, str, bool, int], str, Any]]
 ) -> None:
-    """Random requests at once, of tenants and classes: within 1/255 of the in-process image in any batch, the same bytes
+    """Random requests at once, of tenants, classes and sizes: within 1/255 of the in-process image in any batch, the same bytes
     where it is alone in one, which it may ask for."""
 
-    async def ask(wish: tuple[str, int, int, str, bool], tenant: str, urgency: Any) -> Any:
-        prompt, seed, n, steered, deterministic = wish
+    async def ask(wish: tuple[str, int, int, str, bool, int], tenant: str, urgency: Any) -> Any:
+        prompt, seed, n, steered, deterministic, width = wish
         controls = [Control(DRAWING, "edge")] if steered == "edge" else []
+        options: Any = {"controls": controls, "deterministic": deterministic, "width": width, "format": "raw"}
         async with AsyncClient(address, tenant=tenant, urgency=urgency) as client:
-            return await client.generate(prompt, seed=seed, n=n, controls=controls, deterministic=deterministic, format="raw")
+            return await client.generate(prompt, seed=seed, n=n, **options)
 
     async def together() -> list[Any]:
         return await asyncio.gather(*(ask(*call) for call in calls))
 
     for (wish, _, _), served in zip(calls, asyncio.run(together()), strict=True):
-        prompt, seed, _, steered, deterministic = wish
+        prompt, seed, _, steered, deterministic, width = wish
         receipt = served.receipt
         alone = max(receipt.unet_batch, receipt.controlnet_batch, receipt.decoder_batch) == 1
         assert alone or not deterministic
         for number, image in enumerate(served.images):
-            wanted = reference(pipeline, prompt, seed + number, steered)
+            wanted = reference(pipeline, prompt, seed + number, steered, width)
             found = np.frombuffer(image.data, np.uint8).reshape(wanted.shape).astype(int)
             assert np.abs(found - wanted).max() <= (0 if alone else 1)
 
 
 @functools.cache
-def reference(pipeline: OneStepPipeline, prompt: str, seed: int, steered: str) -> np.ndarray:
+def reference(pipeline: OneStepPipeline, prompt: str, seed: int, steered: str, width: int) -> np.ndarray:
     """The in-process image."""
     controls = [Control(DRAWING, "edge")] if steered == "edge" else []
-    return np.asarray(pipeline(prompt, seed, controls=controls)[0]).astype(int)
+    return np.asarray(pipeline(prompt, seed, controls=controls, width=width)[0]).astype(int)

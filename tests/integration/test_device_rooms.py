@@ -46,7 +46,7 @@ class Pair:
         for control in ask.controls:
             found: Any = {name: getattr(control, name) for name in ("image", "type", "controlnet", "guess", "preprocessed")}
             request.controls.append(control_pb2.Control(scale=control.scale, **found))
-        init = self.pipeline._init(ask.init_image, ask.strength)
+        init = self.pipeline._init(ask.init_image, ask.strength, self.pipeline.manifest.size())
         if init is not None:
             request.init_latent.CopyFrom(tensors.encode(init.latent_CHW))
             request.strength = init.strength

@@ -74,7 +74,7 @@ async def test_an_item_that_asks_for_it_is_alone() -> None:
     await asyncio.sleep(0)
     device.release.set()
     await asyncio.gather(first, *waiting)
-    assert device.batches == [[0], [1], [2], [3], [4, 5]]
+    assert device.batches == [[0], [1, 4, 5], [2], [3]]
     batcher.close()
 
 
@@ -144,3 +144,26 @@ async def test_a_full_queue_refuses() -> None:
     device.release.set()
     await asyncio.gather(first, waiting)
     batcher.close()
+
+
+async def test_a_batch_is_of_one_bucket_and_filled_past_others() -> None:
+    """Whoever is next begins it; those of its bucket join in their order; one that is alone is passed too, and is not forgotten."""
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=3, max_waiting=100, bucket=lambda item: item % 2)
+    first = await held(device, batcher)
+    others = [asyncio.create_task(batcher.submit([item], alone=item == 4)) for item in (1, 2, 4, 3, 6, 5, 7, 8)]
+    await asyncio.sleep(0)
+    device.release.set()
+    await asyncio.gather(first, *others)
+    assert device.batches == [[0], [1, 3, 5], [2, 6, 8], [4], [7]]
+
+
+async def test_buckets_that_wait_take_turns_however_full_one_is() -> None:
+    device = Device()
+    batcher = GreedyBatcher(device, max_batch=2, max_waiting=100, bucket=lambda item: item % 2)
+    first = await held(device, batcher)
+    crowd = asyncio.create_task(batcher.submit([2, 4, 6, 8, 1, 10, 12]))
+    await asyncio.sleep(0)
+    device.release.set()
+    await asyncio.gather(first, crowd)
+    assert device.batches == [[0], [2, 4], [6, 8], [1], [10, 12]]

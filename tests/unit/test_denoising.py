@@ -19,6 +19,7 @@ from sdxs.image_to_image import Init
 from sdxs.prompts import Prompts
 from sdxs.residuals import Residuals
 from sdxs.settings import Settings
+from sdxs.sizes import Size
 from sdxs.stages import ControlNets
 from sdxs.v1 import tensor_pb2, unet_pb2
 from services.fabric import denoising
@@ -66,7 +67,7 @@ def condition(controlnets: ControlNets, kind: str, scale: float = 1.0, guess: bo
 
 def image(seed: int, facts: Facts, *conditions: Condition, init: Init | None = None) -> Image:
     text = np.random.default_rng(100 + seed).standard_normal((1, *facts.text_shape), np.float32)
-    return Image(seed, Prompts(text), init, conditions)
+    return Image(seed, Prompts(text), Size.of(facts.image_size), init, conditions)
 
 
 def guide(images: Sequence[Image], facts: Facts, controlnets: ControlNets) -> list[Guided]:

@@ -116,3 +116,23 @@ def test_what_flows_have_ended_is_forgotten() -> None:
         queue.push(number, f"tenant {number}")
         queue.pop()
     assert len(queue._finish) < 50
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(Priority)), st.sampled_from("abc"), st.integers(0, 3)), max_size=40))
+def test_an_item_taken_before_its_turn_changes_nobody_elses(pushed: list[tuple[Priority, str, int]]) -> None:
+    """What is left comes in the order it would have come in anyway, and what is taken is the first that was wanted."""
+    reference, line = Line[tuple[int, int]](), Line[tuple[int, int]]()
+    for number, (priority, tenant, bucket) in enumerate(pushed):
+        for each in (reference, line):
+            each.push((number, bucket), priority, tenant)
+    inside = {number: (priority, tenant) for number, (priority, tenant, _) in enumerate(pushed)}
+    order = [reference.pop() for _ in pushed]
+    taken = []
+    while (found := line.pop_first(lambda item: item[1] == 0)) is not None:
+        taken.append(found)
+    left = [line.pop() for _ in range(len(line))]
+    assert sorted([*taken, *left]) == sorted(order) and all(bucket == 0 for _, bucket in taken)
+    for some in (taken, left):  # in a class each in the order it would have had
+        for priority in Priority:
+            mine = [item for item in some if inside[item[0]][0] is priority]
+            assert mine == [item for item in order if item in mine]

@@ -29,6 +29,7 @@ from sdxs.errors import CorruptArtifact, InvalidRequest
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
 from sdxs.settings import Settings
+from sdxs.sizes import Size
 from sdxs.stages import Decoder, TextEncoder, UNet
 from tests.models import tiny_folder
 
@@ -42,7 +43,7 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
     "deis": lambda: DEISMultistepScheduler(**SD),
     "dpm": lambda: DPMSolverMultistepScheduler(**SD),
 }
-PROMPTS = ["red apple", "thumbs up"]
+PROMPTS, SIZES = ["red apple", "thumbs up"], [Size(32, 32), Size(24, 40)]
 
 
 def reference(folder: Path, prompt: str, noise_CHW: np.ndarray, kind: str) -> np.ndarray:
@@ -55,16 +56,16 @@ def reference(folder: Path, prompt: str, noise_CHW: np.ndarray, kind: str) -> np
 
 
 def equal(folder: Path) -> None:
-    """Latents and images of both pipelines differ by less than 1e-3, and the pixels by one step of 255 at the most."""
+    """Latents and images of both pipelines differ by less than 1e-3, and the pixels by one step of 255 at the most, at any size."""
     bundle.seal(folder, "parity")
     ours = OneStepPipeline.from_bundle(folder)
-    for seed, prompt in enumerate(PROMPTS):
-        noise_CHW = latent_noise(seed, ours.unet.latent_shape)
+    for seed, (prompt, size) in enumerate(zip(PROMPTS, SIZES, strict=True)):
+        noise_CHW = latent_noise(seed, ours.manifest.latent_of(size))
         latent_BCHW = ours.unet.denoise(noise_CHW[None], ours.text_encoder.encode([prompt]))
         assert np.abs(latent_BCHW - reference(folder, prompt, noise_CHW, "latent")).max() < 1e-3
         expected_BHWC = reference(folder, prompt, noise_CHW, "np")
         assert np.abs(ours.decoder.paint(latent_BCHW) - expected_BHWC).max() < 1e-3
-        pixels = np.asarray(ours(prompt, seed)[0]).astype(int)
+        pixels = np.asarray(ours(prompt, seed, width=size.width, height=size.height)[0]).astype(int)
         assert np.abs(pixels - np.asarray(reference(folder, prompt, noise_CHW, "pil")[0]).astype(int)).max() <= 1
         assert expected_BHWC.std() > 0.01  # not a blank picture
 

@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig
 
 from sdxs import errors, rpc
 from sdxs.errors import Internal, InvalidRequest, NotFound, Overloaded, SdxsError, Unavailable
+from sdxs.sizes import Size
 from sdxs.v1 import control_pb2, decoder_pb2, unet_pb2
 from services.fabric.deadline import Deadline
 from services.fabric.models import ServedModel
@@ -73,7 +74,7 @@ class Refusing:
 
 
 MODEL = ServedModel("tiny", "sha256:0", 32, 32, 16)
-ORDER = Order(MODEL, "red apple", (1,), decoder_pb2.IMAGE_FORMAT_PNG, deterministic=False)
+ORDER = Order(MODEL, Size(32, 32), "red apple", (1,), decoder_pb2.IMAGE_FORMAT_PNG, deterministic=False)
 
 
 @pytest.mark.parametrize(
