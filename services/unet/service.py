@@ -51,7 +51,7 @@ class UNetService:
         self._receiver = Receiver(self._shapes, borrower_of(settings))
         self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, settings.max_batch, max_waiting=settings.max_in_flight * MAX_IMAGES)
-        self.loras = replica_loras(unet.adapters, self._batcher.between, settings)
+        self.loras = replica_loras("unet", unet.adapters, self._batcher.between, settings)
 
     def close(self) -> None:
         """After the last call."""
