@@ -39,13 +39,10 @@ class Networks(Protocol):
 class _Held:
     """One that is attached, or about to be."""
 
-    loading: "asyncio.Task[int]"
-    """Gives its bytes."""
+    loading: "asyncio.Task[None]"
     in_use: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.loading.result() if self.loading.done() else 0
+    nbytes: int = 0
+    """Once it is attached."""
 
 
 class ReplicaLoras:
@@ -119,12 +116,12 @@ class ReplicaLoras:
         held.in_use += 1
         return held
 
-    async def _load(self, digest: str) -> int:
+    async def _load(self, digest: str) -> None:
         fitted = await asyncio.to_thread(self._read, digest)
         await self._between(lambda: self._networks.attach(key(digest), fitted))
-        return fitted.nbytes
+        self._held[digest].nbytes = fitted.nbytes
 
-    def _forget_failed(self, digest: str, task: "asyncio.Task[int]") -> None:
+    def _forget_failed(self, digest: str, task: "asyncio.Task[None]") -> None:
         """Whoever asks next tries again."""
         if task.cancelled() or task.exception() is not None:
             self._held.pop(digest, None)
