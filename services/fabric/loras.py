@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from sdxs.errors import InvalidRequest, SdxsError
+from sdxs.errors import InvalidRequest, SdxsError, Unavailable
 from sdxs.lora import check_distinct, check_number, check_scale
 from sdxs.v1 import lora_pb2
 
@@ -39,19 +39,17 @@ class Networks(Protocol):
 class _Held:
     """One that is attached, or about to be."""
 
-    loading: "asyncio.Task[int]"
-    """Gives its bytes."""
+    loading: "asyncio.Task[None]"
     in_use: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.loading.result() if self.loading.done() else 0
+    nbytes: int = 0
+    """Once it is attached."""
 
 
 class ReplicaLoras:
     """Those of one replica.
 
     Args:
+        stage: as a StageTime calls it.
         networks: where they are attached.
         read: a LoRA of a digest that fits them; called in a thread.
         between: see Between.
@@ -60,8 +58,9 @@ class ReplicaLoras:
     """
 
     def __init__(
-        self, networks: Networks, read: "Callable[[str], Fitted]", between: Between, most: int, most_bytes: int
+        self, stage: str, networks: Networks, read: "Callable[[str], Fitted]", between: Between, most: int, most_bytes: int
     ) -> None:
+        self.stage = stage
         self.hits = self.misses = 0
         """How often one was there, or was not."""
         self._networks, self._read, self._between = networks, read, between
@@ -73,7 +72,7 @@ class ReplicaLoras:
     async def hold(self, asked: Sequence[lora_pb2.LoraUse]) -> "AsyncIterator[tuple[Use, ...]]":
         """Those that a request asks for, attached until the block ends, as `Adapters.use` takes them.
 
-        Raises InvalidRequest, NotFound, CorruptArtifact and Unavailable in the field `loras[i]`.
+        Raises InvalidRequest, NotFound and CorruptArtifact in the field `loras[i]`, and Unavailable.
         """
         _check(asked)
         held = [self._take(use.digest) for use in asked]
@@ -81,6 +80,8 @@ class ReplicaLoras:
             for i, each in enumerate(held):
                 try:
                     await asyncio.shield(each.loading)
+                except Unavailable:
+                    raise  # that is nobody's field
                 except SdxsError as error:
                     raise _named(error, f"loras[{i}]") from error
             yield tuple((key(use.digest), use.scale) for use in asked)
@@ -88,6 +89,14 @@ class ReplicaLoras:
             for each in held:
                 each.in_use -= 1
             self._make_room()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """Of those that are attached."""
+        return sum(each.nbytes for each in self._held.values())
 
     def close(self) -> None:
         """After the last call."""
@@ -107,12 +116,12 @@ class ReplicaLoras:
         held.in_use += 1
         return held
 
-    async def _load(self, digest: str) -> int:
+    async def _load(self, digest: str) -> None:
         fitted = await asyncio.to_thread(self._read, digest)
         await self._between(lambda: self._networks.attach(key(digest), fitted))
-        return fitted.nbytes
+        self._held[digest].nbytes = fitted.nbytes
 
-    def _forget_failed(self, digest: str, task: "asyncio.Task[int]") -> None:
+    def _forget_failed(self, digest: str, task: "asyncio.Task[None]") -> None:
         """Whoever asks next tries again."""
         if task.cancelled() or task.exception() is not None:
             self._held.pop(digest, None)
@@ -120,7 +129,7 @@ class ReplicaLoras:
     def _make_room(self) -> None:
         """Detach the least recently used that nobody uses."""
         for digest, each in list(self._held.items()):
-            if len(self._held) <= self._most and sum(held.nbytes for held in self._held.values()) <= self._most_bytes:
+            if len(self) <= self._most and self.nbytes <= self._most_bytes:
                 return
             if not each.in_use and each.loading.done():
                 del self._held[digest]
@@ -132,7 +141,7 @@ class ReplicaLoras:
         leaving.add_done_callback(self._leaving.discard)
 
 
-def replica_loras(adapters: "Adapters", between: Between, settings: "ServingSettings") -> ReplicaLoras:
+def replica_loras(stage: str, adapters: "Adapters", between: Between, settings: "ServingSettings") -> ReplicaLoras:
     """Those of the store of models, for a stage's networks; imports torch."""
     from sdxs.lora import published
     from sdxs.lora.files import read
@@ -142,7 +151,7 @@ def replica_loras(adapters: "Adapters", between: Between, settings: "ServingSett
         file, manifest = published.fetch(digest, open_store(settings, "models"), settings.cache_dir, settings.max_lora_bytes)
         return adapters.fit(read(file, "", most=settings.max_lora_bytes), "", manifest.name)
 
-    return ReplicaLoras(adapters, fitting, between, settings.max_loras, settings.lora_cache_bytes)
+    return ReplicaLoras(stage, adapters, fitting, between, settings.max_loras, settings.lora_cache_bytes)
 
 
 def key(digest: str) -> str:

@@ -15,6 +15,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from sdxs import registry
 from sdxs.errors import CorruptArtifact, Unavailable
 from services.fabric.endpoint import Endpoint
+from services.fabric.loras import ReplicaLoras
 from services.fabric.peers import Address
 from services.fabric.server import DataPlane
 from services.settings import ServingSettings
@@ -87,6 +88,7 @@ class StageReplica(Replica):
 
     descriptor: ClassVar[ServiceDescriptor]
     _service: StageService | None = None
+    _metrics: "asyncio.Task[None] | None" = None
 
     def load(self, folder: Path, model_digest: str, settings: ServingSettings) -> StageService:
         """The room's service over the bundle in `folder`."""
@@ -107,10 +109,20 @@ class StageReplica(Replica):
         endpoint = Endpoint(self.descriptor, service, settings.max_in_flight)
         limit = settings.max_message_bytes
         plane = await self.open(endpoint, f"{node_address()}:0", settings, manifest.digest, limit, lines=True)
+        self._tell_of_loras(getattr(service, "loras", None))
         await plane.set_serving(True)
+
+    def _tell_of_loras(self, loras: ReplicaLoras | None) -> None:
+        """Of the stages that have some."""
+        if loras is not None:
+            from services.fabric.lora_metrics import LoraMetrics  # here: it imports ray
+
+            self._metrics = asyncio.create_task(LoraMetrics(loras).export())
 
     async def __del__(self) -> None:
         """After the calls in flight the thread."""
+        if self._metrics is not None:
+            self._metrics.cancel()
         await super().__del__()
         if self._service is not None:
             self._service.close()

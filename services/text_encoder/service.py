@@ -29,7 +29,7 @@ class TextEncoderService:
         self._model_digest = model_digest
         self._software = software(settings)
         self._batcher = GreedyBatcher(self._compute, max_batch=1, max_waiting=settings.max_in_flight)
-        self.loras = replica_loras(encoder.adapters, self._batcher.between, settings)
+        self.loras = replica_loras("text_encoder", encoder.adapters, self._batcher.between, settings)
 
     def close(self) -> None:
         """After the last call."""

@@ -53,7 +53,7 @@ class UNetService:
         self._batcher = GreedyBatcher(
             self._compute, settings.max_batch, settings.max_in_flight * MAX_IMAGES, lambda image: (image.size, image.loras)
         )
-        self.loras = replica_loras(unet.adapters, self._batcher.between, settings)
+        self.loras = replica_loras("unet", unet.adapters, self._batcher.between, settings)
 
     def close(self) -> None:
         """After the last call."""

@@ -21,6 +21,7 @@ def help_of(*words: str) -> str:
 
 SUBCOMMANDS = {
     "models": ["list", "show", "publish", "promote", "rollback"],
+    "loras": ["list", "show", "publish", "promote", "rollback"],
     "data": ["check", "show"],
     "artifacts": ["list", "show", "sweep", "upload"],
     "jobs": ["list", "show", "watch", "cancel", "dead list", "dead show", "dead replay"],

@@ -197,6 +197,42 @@ async def test_the_less_busy_of_two_is_taken(site: Site, peers: PeerSet) -> None
     await asyncio.gather(*stuck)
 
 
+async def asked_for(peers: PeerSet, affinity: str) -> str:
+    answer = await peers.call("Encode", ANY, Deadline.after(5), affinity)
+    return text_encoder_pb2.EncodeResponse.FromString(answer).model_digest
+
+
+async def test_calls_with_an_affinity_go_to_the_same_replica(site: Site, peers: PeerSet) -> None:
+    addresses = {name: await site.add(Room(name)) for name in "abc"}
+    await known(peers, 3)
+    homes = {f"lora-{i}": await asked_for(peers, f"lora-{i}") for i in range(30)}
+    assert set(homes.values()) == {*addresses}, "each has its share"
+    for affinity, home in homes.items():
+        assert await asked_for(peers, affinity) == home
+    gone = homes["lora-0"]
+    await site.kill(addresses[gone])
+    await known(peers, 2)
+    for affinity, home in homes.items():
+        now = await asked_for(peers, affinity)
+        assert now == home if home != gone else now in homes.values(), "only what was at the one that is gone has moved"
+
+
+async def test_a_preferred_replica_that_is_much_busier_is_passed_over(site: Site, peers: PeerSet) -> None:
+    rooms = {name: Room(name) for name in "ab"}
+    for room in rooms.values():
+        await site.add(room, max_in_flight=64)
+    await known(peers, 2)
+    home = rooms[await asked_for(peers, "lora")]
+    [other] = [room for room in rooms.values() if room is not home]
+    home.hold = asyncio.Event()
+    waiting = [asyncio.create_task(asked_for(peers, "lora")) for _ in range(5)]
+    await until(lambda: home.calls == 6)
+    assert await asked_for(peers, "lora") == other.name
+    home.hold.set()
+    assert await asyncio.gather(*waiting) == [home.name] * 5
+    assert await asked_for(peers, "lora") == home.name
+
+
 async def test_replicas_of_the_same_node_come_first(site: Site, peers: PeerSet) -> None:
     """However busy they are, as long as one of them takes the call."""
     peers.near = "here"

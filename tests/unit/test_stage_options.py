@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from sdxs.errors import InvalidRequest
+from sdxs.lora.adapters import Adapters
+from sdxs.lora.files import read
 from sdxs.settings import Settings
 from tests.models import tiny_recipe, tiny_teacher
 from trainer.loop import Stage, load_state, save_state
@@ -312,6 +314,10 @@ def test_a_learnt_style_is_a_lora_that_diffusers_loads_on_the_base(
         folded = load_frozen(UNet2DConditionModel, tmp_path / "unet")(x, t, text).sample
     assert (loaded - base).abs().max() > 1e-4
     torch.testing.assert_close(loaded, folded, rtol=1e-4, atol=1e-5)
+    served = Adapters({"unet": load_frozen(UNet2DConditionModel, world.inputs["base"] / "unet")})
+    served.attach("style", served.fit(read(tmp_path / "lora"), "lora", "style"))
+    with torch.no_grad(), served.use([("style", 1.0)]):
+        torch.testing.assert_close(served.networks["unet"](x, t, text).sample, folded, rtol=1e-4, atol=1e-5)
 
 
 def test_the_online_model_of_a_style_starts_without_it(world: World, style_context: Callable[[], StageContext]) -> None:
