@@ -66,7 +66,9 @@ def train_recipe(  # noqa: PLR0913  (a command's options)
 
 @evaluate.command()
 def evaluate_models(  # noqa: PLR0913
-    models: Annotated[list[str] | None, typer.Argument(help="Bundles: name, name@pointer, sha256:digest or folder.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Bundles: name, name@pointer, sha256:digest, folder or hub id.")
+    ] = None,
     images: Annotated[int | None, typer.Option(min=2, help="Images a split; the recipe's numbers by default.")] = None,
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID and KID: a .pth file.")] = None,
     clip: Annotated[str | None, typer.Option(help="A CLIP model, for the CLIP score: folder or hub id.")] = None,
@@ -124,7 +126,7 @@ def demonstrate(
 
 @bench.command()
 def benchmark(
-    model: Annotated[str, typer.Argument(help="Bundle: name, name@pointer, sha256:digest or folder.")] = "emoji",
+    model: Annotated[str, typer.Argument(help="Bundle: name, name@pointer, sha256:digest, folder or hub id.")] = "emoji",
     repeats: Annotated[int, typer.Option(min=3, help="Timed repetitions; medians are printed.")] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,27 @@ def test_fp16_weights_alone_are_found(folders: Folders, settings: Settings, tmp_
     folder = published.fp16_alone(folders.dream, tmp_path / "half")
     images = [OneStepPipeline.from_bundle(str(each), settings)(PROMPT, seed=1)[0].tobytes() for each in (folder, folders.dream)]
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("base", ["folder", "hub"])
+def test_pickles_alone_are_not_read(hub: HttpHub, folders: Folders, settings: Settings, tmp_path: Path, base: str) -> None:
+    folder = Path(shutil.copytree(folders.dream, tmp_path / "pickles"))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    hub.publish("owner/pickles", folder)
+    with pytest.raises(
+        CorruptArtifact, match=r"unet/diffusion_pytorch_model\.safetensors is missing; other formats are not read"
+    ):
+        registry.open_model(str(folder) if base == "folder" else "owner/pickles", settings)
+    assert not any(path.endswith(".bin") for path in hub.downloaded())
+
+
+def test_many_may_open_at_once(hub: HttpHub, settings: Settings) -> None:
+    """As the replicas of a server do that were started without a command that downloads first."""
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: registry.open_model(f"{DREAM}?vae=vae_large", settings), range(16)))
+    assert len({(folder, manifest.digest) for folder, manifest in found}) == 1
+    assert [path.name for path in found[0][0].parent.iterdir()] == [found[0][1].digest.removeprefix("sha256:")]
 
 
 def _set(file: str, **values: Any) -> Any:
