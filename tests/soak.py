@@ -128,10 +128,11 @@ def sample(here: World, redis: Redis, settings: ServingSettings, began: float) -
 
 
 def _name(process: psutil.Process) -> str:
-    title = " ".join(process.cmdline())
-    if title.startswith("ray::ServeReplica"):
-        return title.split(" ")[0].rpartition(":")[2]
-    return title.split(" ")[0].rpartition("/")[2] or process.name()
+    """Short, and the same whatever the process is just doing: Ray writes that into the title, behind a point."""
+    title = " ".join(process.cmdline()).split(" ")[0]
+    if title.startswith("ray::"):
+        return title.rpartition(":")[2].partition(".")[0]
+    return title.rpartition("/")[2] or process.name()
 
 
 def growth(rows: Sequence[dict[str, Any]], measure: str) -> tuple[float, float]:
@@ -172,8 +173,9 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
             mine = [row for row in rows if row["what"] == what]
             axis.plot([row["at"] / 60 for row in mine], [row[measure] for row in mine], label=what.partition(" (")[0])
         axis.set(xlabel="minutes", title={"mb": "memory, MB (PSS)", "objects": "images in the store"}.get(measure, measure))
-    axes[0][0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=8, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=80)
 
 
