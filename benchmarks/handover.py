@@ -1,11 +1,13 @@
 """ControlNet residuals on their way to the U-Net, every way beside the others: what the hop costs when neither network computes.
 
     python -m benchmarks.handover
+    python -m benchmarks.handover --device cuda    # residuals of a GPU: handed over there, or by way of the host
 
 Two processes on one machine, as the two replicas are: the sender has the residuals, the receiver is a UNetService whose network reads
 every number once and answers. In turns, medians: lent in shared memory; inside the gRPC message; inside it with glibc's own memory
 settings instead of the replicas'; over the gateway, as two such messages, which the design avoids; and `fused`, the same service in the
-sender's process, with nothing between. Writes benchmarks/results/handover.jsonl.
+sender's process, with nothing between. With a device also `device`: lent where they are; the other ways then copy them to the host and
+back. Writes benchmarks/results/handover.jsonl, with a device handover_<device>.jsonl.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ from benchmarks.machine import machine, write
 from sdxs import tensors
 from sdxs.prompts import Prompts
 from sdxs.residuals import Residuals
+from sdxs.stages import place
 from sdxs.v1 import text_encoder_pb2, unet_pb2
 from services.controlnet.sending import Sender
 from services.fabric.deadline import Deadline
 from services.fabric.denoising import Facts
+from services.fabric.device_handover import lender_of
 from services.fabric.endpoint import Endpoint
 from services.fabric.environment import REPLICA_ENVIRONMENT
 from services.fabric.peers import Address, PeerSet
@@ -66,9 +70,19 @@ class Reading:
         self, noise_BCHW: np.ndarray, prompts: Prompts, residuals: Residuals | None = None, inits: Sequence[Any] = ()
     ) -> np.ndarray:
         """The noise."""
-        for part in residuals.parts if residuals is not None else ():
-            part.max()
+        read(residuals)
         return noise_BCHW
+
+
+def read(residuals: Residuals | None) -> None:
+    """Every number once, where the networks compute."""
+    if residuals is None:
+        return
+    device, _ = place(ServingSettings())
+    for part in residuals.parts:
+        (part if device.type == "cpu" and residuals.on_host else torch.as_tensor(part, device=device)).max()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def latent(size: str) -> tuple[int, int, int]:
@@ -107,21 +121,30 @@ async def measure(size: str, target: str, pid: int) -> list[dict[str, Any]]:
 
     peers = PeerSet("sdxs.v1.UNetService", resolve, DIGEST, max_message_bytes=LIMIT)
     peers.open()
+    settings = ServingSettings(max_message_bytes=LIMIT)
+    device, dtype = place(settings)
     shared, inline = Sender(peers, NODE, LIMIT, LIMIT), Sender(peers, NODE, 0, LIMIT)
+    lender = lender_of(settings)
+    lent = Sender(peers, NODE, LIMIT, LIMIT, lender)
     rng, reading = np.random.default_rng(0), Reading(size)
     shapes = residual_shapes(reading.network, latent(size))
     residuals = Residuals(tuple(rng.normal(size=(1, *shape)).astype(np.float32) for shape in shapes))
+    if lender is not None:
+        residuals = Residuals(tuple(torch.from_numpy(part).to(device, dtype) for part in residuals.parts))
     ways: dict[str, Callable[[], Awaitable[None]]] = {
         "shared memory": partial(through, shared, residuals),
         "message": partial(through, inline, residuals),
         "two messages": partial(through, inline, residuals, 2),
         "fused": partial(inside, reading, residuals),
     }
+    if lender is not None:
+        ways = {"device": partial(through, lent, residuals)} | ways
     lines = await _rounds(size, ways, sum(part.nbytes for part in residuals.parts))
+    assert set(lent.sent) == ({"device"} if lender is not None else set())
     assert set(shared.sent) == {"shared"}
     assert set(inline.sent) == {"inline"}
     await peers.close()
-    for sender in (shared, inline):
+    for sender in (shared, inline, lent):
         sender.close()
     return lines
 
@@ -173,6 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", metavar="SIZE", help="be the receiver")
     parser.add_argument("--measure", nargs=3, metavar=("SIZE", "TARGET", "PID"), help="be the sender; prints JSON")
+    parser.add_argument(
+        "--device", help="where the networks compute, as SDXS_TORCH_DEVICE; `cpu` tries the device's way without one"
+    )
     chosen = parser.parse_args()
     if chosen.serve:
         asyncio.run(serve(chosen.serve))
@@ -180,10 +206,14 @@ def main() -> None:
         size, target, pid = chosen.measure
         print(json.dumps(asyncio.run(measure(size, target, int(pid)))))
     else:
-        lines = []
+        lines, name = [], "handover"
+        on_device = {}
+        if chosen.device:
+            on_device = {"SDXS_TORCH_DEVICE": chosen.device, "SDXS_HANDOVER_DEVICE": "always"}
+            name += f"_{chosen.device.partition(':')[0]}"
         for memory, environment in (("replicas' settings", dict(REPLICA_ENVIRONMENT)), ("glibc's settings", {})):
-            lines += [{"memory": memory, **line} for size in WIDTHS for line in pair(size, environment)]
-        print(write("handover", [{"machine": machine(), **line} for line in lines]))
+            lines += [{"memory": memory, **line} for size in WIDTHS for line in pair(size, environment | on_device)]
+        print(write(name, [{"machine": machine(), **line} for line in lines]))
         for line in lines:
             print(f"{line['memory']:20} {line['size']:22} {line['way']:14} {line['bytes'] / 1e6:6.1f} MB {line['ms']:8.2f} ms")
 

@@ -11,24 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.machine import machine, write
+from benchmarks.served import server
 from sdxs import images, registry
-from sdxs.client import AsyncClient, Client
-from sdxs.embedded import free_port
+from sdxs.client import AsyncClient
 from sdxs.errors import SdxsError
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
@@ -36,32 +30,6 @@ from sdxs.prompts import Prompts
 from services.settings import ServingSettings
 
 PROMPT, CALLERS, DEADLINE_S = "red apple", 32, 2.0
-
-
-@contextlib.contextmanager
-def server(model: str, local: bool) -> Iterator[str]:
-    """The address of a server of its own."""
-    address = f"127.0.0.1:{free_port()}"
-    command = [
-        sys.executable,
-        "-c",
-        "from sdxs.cli import main; main()",
-        "serve",
-        "--model",
-        model,
-        *(["--local"] if local else []),
-    ]
-    environment = {**os.environ, "SDXS_GATEWAY_ADDRESS": address}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        with Client(address) as client:
-            client.wait_ready(180)
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 class InProcess:
@@ -137,6 +105,14 @@ async def throughput(address: str, here: InProcess, seconds: float) -> list[dict
     ]  # fmt: skip
 
 
+async def watch(lags: list[float]) -> None:
+    """How late this process itself is: it shares the cores with the server, and what it measures has its lag in it."""
+    while True:
+        due = time.perf_counter() + 0.005
+        await asyncio.sleep(0.005)
+        lags.append(time.perf_counter() - due)
+
+
 async def overload(address: str, rate: float, seconds: float) -> list[dict[str, Any]]:
     """Requests at twice what 32 callers got, each with a deadline, whatever comes back."""
     outcomes, latencies, refusals = Counter[str](), list[float](), list[float]()
@@ -153,12 +129,14 @@ async def overload(address: str, rate: float, seconds: float) -> list[dict[str, 
             outcomes["OK"] += 1
             latencies.append(time.perf_counter() - began)
 
+    lags = list[float]()
     async with AsyncClient(address) as client, asyncio.TaskGroup() as group:
-        began, sent = time.perf_counter(), 0
+        began, sent, watching = time.perf_counter(), 0, group.create_task(watch(lags))
         while time.perf_counter() - began < seconds:
             group.create_task(call(client))
             sent += 1
             await asyncio.sleep(max(0.0, sent / rate - (time.perf_counter() - began)))
+        watching.cancel()
 
     def ms(values: list[float], percent: float) -> float | None:
         return round(1e3 * float(np.percentile(values, percent)), 1) if values else None
@@ -167,7 +145,7 @@ async def overload(address: str, rate: float, seconds: float) -> list[dict[str, 
         {
             "what": "twice as many", "asked_per_s": round(rate, 1), "deadline_ms": 1e3 * DEADLINE_S, **outcomes,
             "p50_ms": ms(latencies, 50), "p99_ms": ms(latencies, 99), "refused_p50_ms": ms(refusals, 50),
-            "refused_p99_ms": ms(refusals, 99),
+            "refused_p99_ms": ms(refusals, 99), "own_lag_p50_ms": ms(lags, 50), "own_lag_p99_ms": ms(lags, 99),
         }
     ]  # fmt: skip
 
@@ -175,7 +153,7 @@ async def overload(address: str, rate: float, seconds: float) -> list[dict[str, 
 async def measure(model: str, local: bool, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """All rows."""
     here = InProcess(model)
-    with server(model, local) as address:
+    with server("--model", model, *(["--local"] if local else [])) as address:
         rows = [*await one_by_one(address, here, rounds), *await throughput(address, here, seconds)]
         rows += await overload(address, 2 * rows[-1]["served_per_s"], seconds)
     return [{"server": "one process" if local else "Ray Serve", **row} for row in rows]

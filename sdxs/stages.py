@@ -6,6 +6,7 @@ Arrays go in and come out: B images, C latent channels, H x W elements or pixels
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ class TextEncoder:
 
     def __init__(self, encoders: Sequence[tuple[CLIPTokenizer, Any]]) -> None:
         self.encoders = encoders
+        self._tokenizing = threading.Lock()
+        """How a tokenizer pads is kept in the tokenizer, whoever calls it next."""
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> TextEncoder:
@@ -86,7 +89,9 @@ class TextEncoder:
         if not prompt.strip():
             raise InvalidRequest("prompt", prompt, "some text")
         for tokenizer, _ in self.encoders:
-            limit, count = tokenizer.model_max_length, len(tokenizer(prompt)["input_ids"])
+            limit = tokenizer.model_max_length
+            with self._tokenizing:
+                count = len(tokenizer(prompt)["input_ids"])
             if count > limit:
                 raise InvalidRequest("prompt", prompt, f"at most {limit} tokens with start and end; this has {count}")
 
@@ -103,7 +108,8 @@ class TextEncoder:
     def _run(self, index: int, prompts: list[str], **options: bool) -> Any:
         tokenizer, network = self.encoders[index]
         length = tokenizer.model_max_length
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+        with self._tokenizing:
+            tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
         return network(tokens["input_ids"].to(network.device), **options)
 
 

@@ -3,7 +3,9 @@
 `deploy/serve.yaml`, the chart and `sdxs serve` all say them in this form. Knows no Ray, which reads its variables when it is imported.
 """
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
 from sdxs.errors import InvalidRequest
 from sdxs.references import Reference, is_folder, likely_name
@@ -45,7 +47,7 @@ class Placement(BaseModel):
 
 
 class ModelArgs(BaseModel):
-    """One model that is served, and where it differs from what the server has for all."""
+    """One model that is served, and the values in which it differs from what the server has for all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,6 +91,13 @@ class AppArgs(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _goes_together(self) -> "AppArgs":
+        """What is said of one model and what holds for all."""
+        for reference in self.references:
+            self.of(reference)
+        return self
+
+    @model_validator(mode="after")
     def _has_a_gateway(self) -> "AppArgs":
         if not self.gateway.replicas:
             raise ValueError("gateway.replicas: got 0, allowed: 1 or more")
@@ -99,14 +108,25 @@ class AppArgs(BaseModel):
         """The models, the default first."""
         return tuple(each if isinstance(each, str) else each.model for each in self.models) or (self.model,)
 
+    @field_serializer("models")
+    def _as_said(self, models: tuple[str | ModelArgs, ...]) -> list[Any]:
+        """Without what nobody said, which the others' placements say."""
+        return [each if isinstance(each, str) else each.model_dump(mode="json", exclude_unset=True) for each in models]
+
     def of(self, reference: str) -> ModelArgs:
         """All that holds for one model. Raises KeyError for one that is not served."""
-        own = {each.model: each for each in self.models if isinstance(each, ModelArgs)}
         if reference not in self.references:
             raise KeyError(reference)
-        said = dict(own[reference]) if reference in own else {}
-        shared = {name: getattr(self, name) for name in (*STAGES, "fused_controlnet")}
-        return ModelArgs(**shared | {"model": reference} | {name: value for name, value in said.items() if value is not None})
+        own = {each.model: each for each in self.models if isinstance(each, ModelArgs)}
+        said = own.get(reference, ModelArgs(model=reference))
+        rooms = {stage: _merged(getattr(self, stage), getattr(said, stage)) for stage in STAGES}
+        fused = self.fused_controlnet if said.fused_controlnet is None else said.fused_controlnet
+        return ModelArgs(model=reference, fused_controlnet=fused, **rooms)
+
+
+def _merged(shared: Placement, own: Placement | None) -> Placement:
+    """What holds for all, but for what is said of one. Raises ValueError where the two do not go together."""
+    return shared if own is None else Placement(**dict(shared) | own.model_dump(exclude_unset=True))
 
 
 def _name(reference: str) -> str:

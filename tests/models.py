@@ -103,6 +103,8 @@ def tiny_teacher(folder: Path, seed: int = 1) -> Path:
         latent_channels=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1, sample_size=32, scaling_factor=1.0,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, mid_block_add_attention=False,
     ).save_pretrained(folder / "vae")  # fmt: skip
+    index = folder / "model_index.json"  # or diffusers loads the class before it, with weights of whatever was in memory
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": ["diffusers", "AutoencoderKL"]}))
     return folder
 
 

@@ -90,7 +90,7 @@ def promote(
     name: Annotated[str, typer.Argument(help="name or name@pointer.")],
     digest: Annotated[str, typer.Argument(help="sha256:... of a published bundle.")],
 ) -> None:
-    """Point a name at a bundle; servers opened by that name afterwards use it.
+    """Point a name at a bundle; servers of that name change over to it, and lose no request.
 
     \b
     sdxs models promote emoji sha256:1f0c...

@@ -114,9 +114,20 @@ def test_what_is_printed_is_what_is_built() -> None:
     args = AppArgs(model="emoji@prod", decoder=Placement(replicas=3), unet=beside, controlnet=beside, fused_controlnet=True)
     assert AppArgs.model_validate(config(args)["applications"][0]["args"]) == args
     several = AppArgs(models=("emoji", ModelArgs(model="scenes@prod", unet=Placement(replicas=0))), unet=beside)
-    assert AppArgs.model_validate(config(several)["applications"][0]["args"]) == several
-    assert several.of("emoji").unet == beside
-    assert several.of("scenes@prod").unet == Placement(replicas=0)
+    again = AppArgs.model_validate(config(several)["applications"][0]["args"])
+    assert again == several and again.of("scenes@prod") == several.of("scenes@prod")
+
+
+def test_what_a_model_does_not_say_holds_as_for_all() -> None:
+    shared = Placement(replicas=2, max_replicas=4, num_gpus=0.5)
+    args = AppArgs.model_validate(
+        {"models": ["emoji", {"model": "scenes", "unet": {"replicas": 0}, "fused_controlnet": True}], "unet": shared}
+    )
+    assert args.of("emoji").unet == shared and args.of("emoji").fused_controlnet is False
+    assert args.of("scenes").unet == Placement(replicas=0, max_replicas=4, num_gpus=0.5)
+    assert args.of("scenes").decoder == Placement() and args.of("scenes").fused_controlnet is True
+    with pytest.raises(KeyError):
+        args.of("other")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +139,7 @@ def test_what_is_printed_is_what_is_built() -> None:
         ({"models": [{"model": "emoji", "gateway": {}}]}, "gateway"),
         ({"unet": {"replicas": 3, "max_replicas": 2}}, "max_replicas: got 2, allowed: 3"),
         ({"unet": {"max_replicas": 0}}, "max_replicas"),
+        ({"models": [{"model": "a", "unet": {"replicas": 5}}], "unet": {"max_replicas": 4}}, "max_replicas: got 4, allowed: 5"),
         ({"gateway": {"replicas": 0}}, "gateway.replicas: got 0, allowed: 1 or more"),
     ],
 )

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from services.app import AppArgs, config
+from services.app import AppArgs, ModelArgs, Placement, config
 from services.cluster import _RAY_ENVIRONMENT
 from services.fabric.environment import REPLICA_ENVIRONMENT
 from services.settings import ServingSettings
@@ -27,6 +27,7 @@ VALUES: dict[str, dict[str, Any]] = {
             "unet": {"replicas": 2, "max_replicas": 8, "num_cpus": 1, "num_gpus": 0.5},
             "controlnet": {"replicas": 2, "max_replicas": 8, "num_cpus": 1, "num_gpus": 0.25},
         },
+        "models": ["emoji@prod", {"model": "scenes", "unet": {"replicas": 0, "idle_s": 600}}],
         "gateway": {"replicas": 3},
         "stages": {
             "resources": {"limits": {"nvidia.com/gpu": "1"}},
@@ -147,6 +148,20 @@ def test_values_reach_the_replicas() -> None:
     assert args["controlnet"] == {**beside, "num_gpus": 0.25}
 
 
+def test_each_model_has_what_holds_for_all_but_for_what_it_says() -> None:
+    [application] = serve_config(render(VALUES["gpu"])["RayService"])["applications"]
+    args = AppArgs.model_validate(application["args"])
+    assert args.references == ("emoji@prod", "scenes")
+    assert args.of("emoji@prod").unet == args.unet
+    assert args.of("scenes").unet == args.unet.model_copy(update={"replicas": 0, "idle_s": 600})
+
+
+def test_the_schema_knows_all_of_a_placement() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["definitions"]
+    assert schema["placement"]["properties"].keys() == Placement.model_fields.keys()
+    assert schema["model"]["properties"].keys() == ModelArgs.model_fields.keys()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_controlnets_are_fused_where_the_values_say_so(fused: bool) -> None:
     [application] = serve_config(render({"fusedControlnet": fused})["RayService"])["applications"]
@@ -174,6 +189,9 @@ def test_each_stage_pod_has_a_unet_and_a_controlnet_side_by_side() -> None:
         ({"deployments": {"controlnet": {"max_replicas_per_node": 0}}}, "/deployments/controlnet/max_replicas_per_node"),
         ({"deployments": {"controlnet": None}}, "controlnet"),
         ({"fusedControlnet": "yes"}, "/fusedControlnet"),
+        ({"models": []}, "/models"),
+        ({"models": [{"unet": {"replicas": 0}}]}, "/models/0"),
+        ({"model": "emoji"}, "model"),
         ({"fused_controlnet": True}, "fused_controlnet"),
         ({"service": {"port": "http"}}, "/service/port"),
         ({"rayVersion": "latest"}, "/rayVersion"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,3 +204,23 @@ def test_a_path_is_a_folder_and_never_a_name(tiny_bundle: Path, tmp_path: Path, 
         assert OneStepPipeline.from_bundle(reference).manifest.name == "tiny"
     folder, _ = registry.open_model("./emoji", Settings())
     assert folder == tmp_path / "emoji"  # absolute: a replica elsewhere opens the same
+
+
+@pytest.mark.timeout(60)
+def test_prompts_are_checked_while_others_are_encoded(tiny_bundle: Path) -> None:
+    """A tokenizer's padding belongs to the object: one that counted for another thread gave an embedding of the prompt's own length."""
+    encoder = TextEncoder.from_bundle(tiny_bundle, Settings())
+    wanted = encoder.encode(["red apple"]).text_BLD.shape
+    ended = threading.Event()
+
+    def check() -> None:
+        while not ended.is_set():
+            encoder.check("red apple")
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    try:
+        assert {encoder.encode(["red apple"]).text_BLD.shape for _ in range(2000)} == {wanted}
+    finally:
+        ended.set()
+        thread.join()
