@@ -99,7 +99,6 @@ SPOILT: list[tuple[str, dict[str, Any], str]] = [
     ("controlnet", {"_class_name": "ControlNetUnionModel"}, "ControlNetUnionModel"),
     ("controlnet", {"down_block_types": ["DownBlock2D"] * 4}, "made from the teacher's U-Net"),
     ("base/unet", {"sample_size": 16}, "sample_size, 8"),
-    ("base/unet", {"cross_attention_dim": 24}, "cross_attention_dim, 16"),
     ("base/unet", {"block_out_channels": [4, 8, 16]}, "block_out_channels, (4, 8, 12)"),
     ("base/unet", {"layers_per_block": 2}, "layers_per_block, 1"),
     ("base/unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type, None"),
@@ -118,6 +117,14 @@ def test_what_does_not_fit_the_teacher(own: Path, place: str, values: dict[str, 
 def test_a_base_of_another_student(models: Path) -> None:
     error = refused(recipe(models) | {"student": {"blocks": "cross-attention"}})
     assert error.field == "base" and "down_block_types" in str(error)
+
+
+def test_a_base_of_another_text_encoder(own: Path) -> None:
+    change(own / "base" / "unet" / "config.json", cross_attention_dim=24)
+    change(own / "base" / "text_encoder" / "config.json", hidden_size=24)
+    (own / "base" / "bundle.json").unlink()
+    error = refused(recipe(own))
+    assert error.field == "base" and "cross_attention_dim, 16" in str(error)
 
 
 def test_a_base_of_other_noise(own: Path) -> None:

@@ -227,7 +227,8 @@ def test_a_style_and_its_base(teachers: Path, base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("sd21", "fewer blocks"), ("narrow", "cross_attention_dim, 16"), ("noisy", "beta_end"), ("cut", "whole weights"),
+    [("sd21", "single step begins at the last timestep"), ("whole", "fewer blocks"),
+     ("narrow", "cross_attention_dim, 16"), ("noisy", "beta_end"), ("cut", "whole weights"),
      ("nowhere", "no folder"), ("bare", "unet/config.json is missing"), ("changed", "unet")],
 )  # fmt: skip
 def test_a_base_that_is_no_student_of_the_teacher(teachers: Path, base: Path, tmp_path: Path, name: str, said: str) -> None:
@@ -236,8 +237,12 @@ def test_a_base_that_is_no_student_of_the_teacher(teachers: Path, base: Path, tm
         shutil.copytree(base, folder)
         if name != "changed":
             (folder / "bundle.json").unlink()
+    if name == "whole":
+        shutil.copytree(teachers / "sd21", folder)
+        change(folder / "scheduler" / "scheduler_config.json", timestep_spacing="trailing")
     if name in ("narrow", "changed"):
         change(folder / "unet" / "config.json", cross_attention_dim=24)
+        change(folder / "text_encoder" / "config.json", hidden_size=24)
     if name == "noisy":
         change(folder / "scheduler" / "scheduler_config.json", beta_end=0.5)
     if name == "cut":
