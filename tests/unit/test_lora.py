@@ -156,6 +156,17 @@ def test_the_oldest_leave_and_come_back_the_same(model: Path, pipeline: OneStepP
     assert (drawn(pipeline, [(made[0], 1.0)]) == first).all()
 
 
+def test_to_attach_one_leaves_the_networks_in_place_as_they_are(model: Path, style: Path) -> None:
+    """Somebody may be computing with them."""
+    unet = OneStepPipeline.from_bundle(model).unet
+    before, modules = unet.network, [type(module) for module in unet.network.modules()]
+    dressed = unet.adapters.attached("style", unet.adapters.fit(files.read(style), "", ""))
+    assert unet.network is before and [type(module) for module in before.modules()] == modules
+    unet.adapters.put(dressed)
+    ours = {weight.data_ptr() for name, weight in unet.network.named_parameters() if ".lora_" not in name}
+    assert ours == {weight.data_ptr() for weight in before.parameters()}, "the same memory"
+
+
 def wrong(pipeline: OneStepPipeline, loras: list[Lora]) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as found:
         pipeline(PROMPT, loras=loras)
