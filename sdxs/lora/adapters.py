@@ -148,7 +148,7 @@ def _part(weights: LoraWeights, prefix: str, network: Any) -> Part:
 
     def own(entries: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
-            name.removeprefix(f"{prefix}.").removeprefix(strip): value
+            name.removeprefix(f"{prefix}.").removeprefix(strip): _stripped(value, strip)
             for name, value in (entries or {}).items()
             if name.startswith(f"{prefix}.")
         }
@@ -169,6 +169,11 @@ def _config(tensors: Mapping[str, Tensor], alphas: Mapping[str, float], told: Ma
     }
     options = get_peft_kwargs(ranks, network_alpha_dict=dict(alphas), peft_state_dict=dict(tensors), is_unet=is_unet)
     return LoraConfig(**options | {name: value for name, value in told.items() if name != "target_modules"})
+
+
+def _stripped(patterns: Any, strip: str) -> Any:
+    """The names of layers in a rank_pattern or an alpha_pattern, as those of tensors."""
+    return {name.removeprefix(strip): value for name, value in patterns.items()} if isinstance(patterns, dict) else patterns
 
 
 def _attach(name: str, part: Part, network: Any) -> None:

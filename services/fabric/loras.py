@@ -160,7 +160,11 @@ def replica_loras(stage: str, adapters: "Adapters", between: Between, settings: 
 
     def fitting(digest: str) -> "Fitted":
         file, manifest = published.fetch(digest, open_store(settings, "models"), settings.cache_dir, settings.max_lora_bytes)
-        return adapters.fit(read(file, "", most=settings.max_lora_bytes), "", manifest.name)
+        try:
+            weights = read(file, "", most=settings.max_lora_bytes)
+        except InvalidRequest as error:
+            raise InvalidRequest("", manifest.name, error.allowed) from error  # the file's place is nobody's business
+        return adapters.fit(weights, "", manifest.name)
 
     return ReplicaLoras(stage, adapters, fitting, between, settings.max_loras, settings.lora_cache_bytes)
 
