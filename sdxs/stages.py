@@ -61,10 +61,15 @@ class TextEncoder:
     """Prompts to what conditions the U-Net: one CLIP text encoder (SD 1.x, 2.x), or two side by side (SDXL)."""
 
     def __init__(self, encoders: Sequence[tuple[CLIPTokenizer, Any]]) -> None:
-        self.encoders = encoders
+        self._tokenizers = [tokenizer for tokenizer, _ in encoders]
         self.adapters = Adapters({f"text_encoder{'_2' * i}": network for i, (_, network) in enumerate(encoders)})
         self._tokenizing = threading.Lock()
         """How a tokenizer pads is kept in the tokenizer, whoever calls it next."""
+
+    @property
+    def encoders(self) -> list[tuple[CLIPTokenizer, Any]]:
+        """With the LoRAs that are attached."""
+        return list(zip(self._tokenizers, self.adapters.networks.values(), strict=True))
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> TextEncoder:
@@ -119,12 +124,17 @@ class UNet:
     """One evaluation of the student, from unit noise to x0."""
 
     def __init__(self, network: Any, manifest: bundle.Manifest, levels: Callable[[], Levels] = no_levels) -> None:
-        self.network, self.constants, self.levels = network, manifest.one_step, functools.cache(levels)
+        self.constants, self.levels = manifest.one_step, functools.cache(levels)
         self.adapters = Adapters({"unet": network})
         self.latent_shape = manifest.latent_shape
         self.text_shape = (manifest.max_prompt_tokens, manifest.text_width)
         self.pooled_width = manifest.pooled_width
         self.upsampling = manifest.upsampling
+
+    @property
+    def network(self) -> Any:
+        """With the LoRAs that are attached."""
+        return self.adapters.networks["unet"]
 
     @classmethod
     def from_bundle(cls, folder: Path, settings: Settings) -> UNet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,16 +37,37 @@ class Fitted:
         return sum(tensor.nbytes for part in self.parts.values() for tensor in part.tensors.values())
 
 
+@dataclass(frozen=True)
+class Dressed:
+    """Networks with certain LoRAs, none in use."""
+
+    networks: Mapping[str, Any]
+    layers: tuple[Any, ...]
+    """Those that PEFT has wrapped."""
+
+    @classmethod
+    def of(cls, networks: Mapping[str, Any]) -> Dressed:
+        """As they are."""
+        return cls(networks, tuple(layer for network in networks.values() for layer in _wrapped(network)))
+
+
 class Adapters:
-    """Those of one stage. Not safe for threads: whoever computes with the networks attaches and switches too; but `fit` may run anywhere.
+    """Those of one stage.
+
+    Networks are not changed but replaced: by copies that share every weight and have a LoRA more or less. To make one takes a tenth of a
+    second, in any thread; to `put` it in place and to `use` LoRAs are matters of whoever computes.
 
     A layer that a LoRA was ever attached to is wrapped by PEFT. With none in use it calls the layer it wraps: the same bits as before.
     """
 
     def __init__(self, networks: Mapping[str, Any]) -> None:
-        self.networks = networks
         self._elsewhere = [name for name in NETWORKS if (name == "unet") != ("unet" in networks)]
-        self._layers: list[Any] = []
+        self._dressed = Dressed(networks, ())
+
+    @property
+    def networks(self) -> Mapping[str, Any]:
+        """Those in place."""
+        return self._dressed.networks
 
     def fit(self, weights: LoraWeights, field: str, shown: str) -> Fitted:
         """Its part for these networks. Raises InvalidRequest where it does not fit them."""
@@ -56,23 +78,31 @@ class Adapters:
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidRequest(field, shown, f"a LoRA that PEFT knows ({error})") from error
 
-    def attach(self, name: str, fitted: Fitted) -> None:
-        """Add it, for `use`. Raises InvalidRequest without a field when PEFT cannot."""
+    def attached(self, name: str, fitted: Fitted) -> Dressed:
+        """The networks with one LoRA more. Raises InvalidRequest without a field when PEFT cannot."""
+        networks = {key: _copy(network) if key in fitted.parts else network for key, network in self.networks.items()}
         try:
-            for network, part in fitted.parts.items():
-                _attach(name, part, self.networks[network])
+            for key, part in fitted.parts.items():
+                _attach(name, part, networks[key])
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            self.detach(name)
             raise InvalidRequest("", "", f"a LoRA that PEFT can attach ({error})") from error
-        self._settle()
+        return Dressed.of(networks)
 
-    def detach(self, name: str) -> None:
-        """Forget it and free its memory; nothing, where it is not."""
-        for network in self.networks.values():
+    def detached(self, name: str) -> Dressed:
+        """The networks without it."""
+        networks = {key: _copy(network) for key, network in self.networks.items()}
+        for network in networks.values():
             for layer in _wrapped(network):
+                _switch(layer, [])
                 layer.delete_adapter(name)
             getattr(network, "peft_config", {}).pop(name, None)
-        self._settle()
+        return Dressed.of(networks)
+
+    def put(self, dressed: Dressed) -> None:
+        """Compute with these from now on. They must be made of those that are in place: one change at a time."""
+        for layer in dressed.layers:
+            _switch(layer, [])
+        self._dressed = dressed
 
     @contextlib.contextmanager
     def use(self, loras: Sequence[Use]) -> Iterator[None]:
@@ -81,23 +111,27 @@ class Adapters:
         if not counting:
             yield
             return
-        for layer in self._layers:
-            layer.enable_adapters(True)
-            layer.set_adapter([name for name, _ in counting], inference_mode=True)
+        layers = self._dressed.layers
+        for layer in layers:
+            _switch(layer, [name for name, _ in counting])
             for name, scale in counting:
                 layer.set_scale(name, scale)
         try:
             yield
         finally:
-            self._rest()
+            for layer in layers:
+                _switch(layer, [])
 
-    def _settle(self) -> None:
-        self._layers = [layer for network in self.networks.values() for layer in _wrapped(network)]
-        self._rest()
 
-    def _rest(self) -> None:
-        for layer in self._layers:
-            layer.enable_adapters(False)
+def _copy(network: Any) -> Any:
+    """Modules of its own, the same weights."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, shared)
+
+
+def _switch(layer: Any, names: list[str]) -> None:
+    """What PEFT's set_adapter and enable_adapters do, without their bookkeeping for training, which takes fifty times as long."""
+    layer._active_adapter, layer._disable_adapters = names, not names
 
 
 def _wrapped(network: Any) -> Iterator[Any]:
@@ -114,7 +148,7 @@ def _part(weights: LoraWeights, prefix: str, network: Any) -> Part:
 
     def own(entries: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
-            name.removeprefix(f"{prefix}.").removeprefix(strip): value
+            name.removeprefix(f"{prefix}.").removeprefix(strip): _stripped(value, strip)
             for name, value in (entries or {}).items()
             if name.startswith(f"{prefix}.")
         }
@@ -135,6 +169,11 @@ def _config(tensors: Mapping[str, Tensor], alphas: Mapping[str, float], told: Ma
     }
     options = get_peft_kwargs(ranks, network_alpha_dict=dict(alphas), peft_state_dict=dict(tensors), is_unet=is_unet)
     return LoraConfig(**options | {name: value for name, value in told.items() if name != "target_modules"})
+
+
+def _stripped(patterns: Any, strip: str) -> Any:
+    """The names of layers in a rank_pattern or an alpha_pattern, as those of tensors."""
+    return {name.removeprefix(strip): value for name, value in patterns.items()} if isinstance(patterns, dict) else patterns
 
 
 def _attach(name: str, part: Part, network: Any) -> None:

@@ -257,6 +257,8 @@ def _fault(weights: LoraWeights) -> str:
     found = layers(weights.tensors)
     if not found:
         return "it has no tensor of one"
+    if not all(tensor.isfinite().all() for tensor in weights.tensors.values()):
+        return "some of its numbers are infinite or none"
     ranks = [down[0] for down, _ in found.values() if down and len(down) in (2, 4)]
     if len(ranks) < len(found):
         return "a layer has no matrices"

@@ -91,7 +91,7 @@ class Loras:
             fitted = [(stage, stage.fit(opened.weights, field, opened.name)) for stage in self._stages]
             try:
                 for stage, part in fitted:
-                    stage.attach(_key(opened.digest), part)
+                    stage.put(stage.attached(_key(opened.digest), part))
             except InvalidRequest as error:
                 self._forget(opened.digest)
                 raise InvalidRequest(field, opened.name, error.allowed) from error
@@ -101,7 +101,7 @@ class Loras:
     def _forget(self, digest: str) -> None:
         self._attached.pop(digest, None)
         for stage in self._stages:
-            stage.detach(_key(digest))
+            stage.put(stage.detached(_key(digest)))
 
 
 def _key(digest: str) -> str:

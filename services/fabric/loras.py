@@ -1,6 +1,6 @@
 """LoRAs on a stage's replica: fetched by digest, attached between two batches, the least recently used detached.
 
-What takes time (the store, the file, the check) happens in threads of its own: requests with other LoRAs or none go on meanwhile.
+What takes time (the store, the file, the check, PEFT) happens in threads of its own: requests with other LoRAs or none go on meanwhile.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sdxs.errors import InvalidRequest, SdxsError, Unavailable
 from sdxs.lora import check_distinct, check_number, check_scale
@@ -26,12 +26,16 @@ Between = Callable[[Callable[[], None]], Awaitable[None]]
 class Networks(Protocol):
     """What `ReplicaLoras` needs of sdxs.lora.adapters.Adapters."""
 
-    def attach(self, name: str, fitted: "Fitted") -> None:
-        """Add it."""
+    def attached(self, name: str, fitted: "Fitted") -> Any:
+        """With one more."""
         ...
 
-    def detach(self, name: str) -> None:
-        """Forget it."""
+    def detached(self, name: str) -> Any:
+        """With one less."""
+        ...
+
+    def put(self, dressed: Any) -> None:
+        """Compute with what one of the two gave."""
         ...
 
 
@@ -66,7 +70,8 @@ class ReplicaLoras:
         self._networks, self._read, self._between = networks, read, between
         self._most, self._most_bytes = most, most_bytes
         self._held: OrderedDict[str, _Held] = OrderedDict()
-        self._leaving: set[asyncio.Future[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._changing = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def hold(self, asked: Sequence[lora_pb2.LoraUse]) -> "AsyncIterator[tuple[Use, ...]]":
@@ -118,8 +123,14 @@ class ReplicaLoras:
 
     async def _load(self, digest: str) -> None:
         fitted = await asyncio.to_thread(self._read, digest)
-        await self._between(lambda: self._networks.attach(key(digest), fitted))
+        await self._change(lambda: self._networks.attached(key(digest), fitted))
         self._held[digest].nbytes = fitted.nbytes
+
+    async def _change(self, dress: Callable[[], Any]) -> None:
+        """Dress the networks in a thread, and put them in place between two batches; one change at a time."""
+        async with self._changing:
+            dressed = await asyncio.to_thread(dress)
+            await self._between(lambda: self._networks.put(dressed))
 
     def _forget_failed(self, digest: str, task: "asyncio.Task[None]") -> None:
         """Whoever asks next tries again."""
@@ -136,7 +147,7 @@ class ReplicaLoras:
                 self._detach(digest)
 
     def _detach(self, digest: str) -> None:
-        leaving = asyncio.ensure_future(self._between(lambda: self._networks.detach(key(digest))))
+        leaving = asyncio.create_task(self._change(lambda: self._networks.detached(key(digest))))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
 
@@ -149,7 +160,11 @@ def replica_loras(stage: str, adapters: "Adapters", between: Between, settings: 
 
     def fitting(digest: str) -> "Fitted":
         file, manifest = published.fetch(digest, open_store(settings, "models"), settings.cache_dir, settings.max_lora_bytes)
-        return adapters.fit(read(file, "", most=settings.max_lora_bytes), "", manifest.name)
+        try:
+            weights = read(file, "", most=settings.max_lora_bytes)
+        except InvalidRequest as error:
+            raise InvalidRequest("", manifest.name, error.allowed) from error  # the file's place is nobody's business
+        return adapters.fit(weights, "", manifest.name)
 
     return ReplicaLoras(stage, adapters, fitting, between, settings.max_loras, settings.lora_cache_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -18,14 +19,15 @@ from sdxs import Lora
 from sdxs.client import Client
 from sdxs.control import Control
 from sdxs.conversation import Drawn
-from sdxs.errors import InvalidRequest, NotFound
+from sdxs.embedded import free_port
+from sdxs.errors import InvalidRequest, NotFound, Unavailable
 from sdxs.lora import published
 from sdxs.lora.manifest import LoraManifest
 from sdxs.lora.published import FILE
 from sdxs.lora.publishing import publish
 from sdxs.pipeline import OneStepPipeline
 from sdxs.store import open_store
-from sdxs.v1 import gateway_pb2, lora_pb2
+from sdxs.v1 import lora_pb2
 from services.settings import ServingSettings
 from tests.controlnets import drawing
 from tests.integration.test_control_server import serving
@@ -217,8 +219,6 @@ def test_wrong_requests_name_the_field(
 
 def put(settings: ServingSettings, name: str, path: Path, **changes: Any) -> LoraManifest:
     """Into the store without the checks of `publish`."""
-    import hashlib
-
     entry = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
     made = LoraManifest.model_validate(
         {"name": name, "model": "tiny", "rank": 2, "networks": {"unet": 1}, "file": entry, **changes}
@@ -258,20 +258,26 @@ def test_what_does_not_fit_is_refused_and_harms_nobody(
 
 
 def test_a_file_that_was_changed_is_data_loss(
-    client: Client, control_bundle: Path, settings: ServingSettings, tmp_path: Path
+    address: str, control_bundle: Path, settings: ServingSettings, tmp_path: Path
 ) -> None:
     made = publish(tiny_lora(control_bundle, tmp_path / "made", 32), "damaged", str(control_bundle), settings)
     store = open_store(settings, "models")
     key = f"{published.LORAS}{made.digest.removeprefix('sha256:')}/{FILE}"
     store.put_bytes(key, store.get_bytes(key)[:-1] + b"x")
-    found = refusal(client_address(client), "Generate", message(loras=[lora("damaged")]))
+    found = refusal(address, "Generate", message(loras=[lora("damaged")]))
     assert found.code.name == "DATA_LOSS" and "not the file that was published" in found.message
 
 
-def client_address(client: Client) -> str:
-    return str(client._channel._channel.target().decode().removeprefix("dns:///").removeprefix("ipv4:"))  # type: ignore[attr-defined]
-
-
-def test_a_request_is_as_large_as_it_says() -> None:
-    """Older clients' bytes mean what they meant."""
-    assert gateway_pb2.GenerateRequest.FromString(message()).loras == []
+def test_without_the_store_loras_are_unavailable_and_all_else_goes_on(control_bundle: Path, tmp_path: Path) -> None:
+    away: dict[str, Any] = {
+        "store_url": "s3://nowhere",
+        "s3_endpoint": f"127.0.0.1:{free_port()}",
+        "s3_access_key": "a",
+        "s3_secret_key": "b",
+    }
+    with serving(control_bundle, cache_dir=str(tmp_path), **away) as address, Client(address) as client:
+        with pytest.raises(Unavailable, match="does not answer"):
+            client.generate(PROMPT, loras=[Lora(BOTH)])
+        with pytest.raises(Unavailable):
+            client.list_loras()
+        assert client.generate(PROMPT).images

@@ -101,6 +101,23 @@ def test_a_file_without_a_configuration_goes_by_its_ranks(
     assert np.abs(found - drawn(pipeline, [(style, 1.0)])).max() > 0.05  # whose alpha is not its rank
 
 
+def test_names_of_before_transformers_5_mean_the_same(model: Path, pipeline: OneStepPipeline, tmp_path: Path) -> None:
+    """Those of the tensors, and those in PEFT's configuration."""
+    layer = "encoder.layers.0.self_attn.q_proj"
+    made = tiny_lora(model, tmp_path / "made", seed=6, unet=(), alpha_pattern={layer: 9}, rank_pattern={layer: 4})
+    weights = files.read(made)
+    assert weights.config is not None
+    older = {
+        name: {f"text_model.{key}": number for key, number in value.items()} if name.endswith("_pattern") else value
+        for name, value in weights.config.items()
+    }
+    tensors = {name.replace("text_encoder.", "text_encoder.text_model."): value for name, value in weights.tensors.items()}
+    files.save(files.LoraWeights(tensors, None, older), tmp_path / "older.safetensors")
+    found = drawn(pipeline, [(tmp_path / "older.safetensors", 1.0)])
+    assert (found == drawn(pipeline, [(made, 1.0)])).all()
+    assert np.abs(found - expected(pipeline, model, [(made, 1.0)])).max() < 1e-4
+
+
 def test_kohyas_names_and_alphas_are_read(model: Path, pipeline: OneStepPipeline, style: Path, tmp_path: Path) -> None:
     kohya: dict[str, torch.Tensor] = {}
     for name, value in load_file(style / FILE).items():
@@ -156,6 +173,17 @@ def test_the_oldest_leave_and_come_back_the_same(model: Path, pipeline: OneStepP
     assert (drawn(pipeline, [(made[0], 1.0)]) == first).all()
 
 
+def test_to_attach_one_leaves_the_networks_in_place_as_they_are(model: Path, style: Path) -> None:
+    """Somebody may be computing with them."""
+    unet = OneStepPipeline.from_bundle(model).unet
+    before, modules = unet.network, [type(module) for module in unet.network.modules()]
+    dressed = unet.adapters.attached("style", unet.adapters.fit(files.read(style), "", ""))
+    assert unet.network is before and [type(module) for module in before.modules()] == modules
+    unet.adapters.put(dressed)
+    ours = {weight.data_ptr() for name, weight in unet.network.named_parameters() if ".lora_" not in name}
+    assert ours == {weight.data_ptr() for weight in before.parameters()}, "the same memory"
+
+
 def wrong(pipeline: OneStepPipeline, loras: list[Lora]) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as found:
         pipeline(PROMPT, loras=loras)
@@ -207,6 +235,8 @@ def test_files_that_are_no_loras_are_refused(style: Path, tmp_path: Path) -> Non
     cut.write_bytes((style / FILE).read_bytes()[:-9])
     others = tmp_path / "others.safetensors"
     save_file({"conv_in.weight": torch.ones(2, 2)}, others)
+    infinite = tmp_path / "infinite.safetensors"
+    save_file({"unet.a.lora_A.weight": torch.full((1, 2), float("nan")), "unet.a.lora_B.weight": torch.ones(2, 1)}, infinite)
     high = tmp_path / "high.safetensors"
     save_file({"unet.a.lora_A.weight": torch.ones(600, 2), "unet.a.lora_B.weight": torch.ones(2, 600)}, high)
     (tmp_path / "ia3").mkdir()
@@ -214,6 +244,7 @@ def test_files_that_are_no_loras_are_refused(style: Path, tmp_path: Path) -> Non
     shutil.copy(others, tmp_path / "ia3/adapter_model.safetensors")
     allowed = {
         pickled: "can run code", disguised: "diffusers reads", cut: "diffusers reads", others: "no tensor of one", high: "rank 1 to 512",
+        infinite: "infinite or none",
         tmp_path / "ia3": "IA3", tmp_path: "or a folder with",
     }  # fmt: skip
     for path, words in allowed.items():

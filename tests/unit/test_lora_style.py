@@ -35,7 +35,8 @@ def drawn(unet: UNet, network: torch.nn.Module, text_BLD: torch.Tensor, seeds: r
     """x0 = a noise + b unet(c noise), with gradients."""
     one, noise = unet.constants, torch.from_numpy(np.stack([latent_noise(seed, unet.latent_shape) for seed in seeds]))
     output = network(one.input_scale * noise, one.timestep, text_BLD, return_dict=False)[0]
-    return one.latent_coefficient * noise + one.output_coefficient * output
+    x0: torch.Tensor = one.latent_coefficient * noise + one.output_coefficient * output
+    return x0
 
 
 @pytest.fixture(scope="module")

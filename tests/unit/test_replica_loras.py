@@ -26,7 +26,7 @@ class Site:
     """Networks, a store and a device, with a gate in front of the store."""
 
     def __init__(self, most: int = 2, most_bytes: int = 1000) -> None:
-        self.attached: list[str] = []
+        self.worn: list[str] = []
         self.read: list[str] = []
         self.errors: dict[str, SdxsError] = {}
         self.open = threading.Event()
@@ -35,15 +35,17 @@ class Site:
         self.batcher = GreedyBatcher[str, list[str]](self._compute, max_batch=4, max_waiting=100)
         self.loras = ReplicaLoras("unet", self, self._read, self.batcher.between, most, most_bytes)
 
-    def attach(self, name: str, _: Any) -> None:
-        self.threads.add(threading.current_thread().name)
+    def attached(self, name: str, _: Any) -> list[str]:
         if name == "odd":
             raise InvalidRequest("", "", "a LoRA that PEFT can attach")
-        self.attached.append(name)
+        return [*self.worn, name]
 
-    def detach(self, name: str) -> None:
+    def detached(self, name: str) -> list[str]:
+        return [each for each in self.worn if each != name]
+
+    def put(self, dressed: list[str]) -> None:
         self.threads.add(threading.current_thread().name)
-        self.attached.remove(name)
+        self.worn = dressed
 
     def _read(self, digest: str) -> Any:
         self.read.append(digest)
@@ -54,7 +56,7 @@ class Site:
 
     def _compute(self, names: Sequence[str]) -> Sequence[list[str]]:
         self.threads.add(threading.current_thread().name)
-        return [[*self.attached] for _ in names]
+        return [[*self.worn] for _ in names]
 
     async def draw(self, *digests: str, scale: float = 1.0) -> list[str]:
         """What was attached while it was computed."""
@@ -106,7 +108,7 @@ async def test_others_are_drawn_while_one_is_loaded(site: Site) -> None:
 async def test_the_least_recently_used_leaves(site: Site) -> None:
     for digest in ("a", "b", "a", "c"):
         await site.draw(digest)
-    await until(lambda: sorted(site.attached) == ["a", "c"])
+    await until(lambda: sorted(site.worn) == ["a", "c"])
     await site.draw("b")
     assert site.read == ["a", "b", "c", "b"]
 
@@ -116,12 +118,12 @@ async def test_bytes_count_too(site: Site) -> None:
     await site.draw("b-300")
     await until(lambda: site.loras.nbytes == 900)
     await site.draw("c-200")
-    await until(lambda: site.attached == ["b-300", "c-200"])
+    await until(lambda: site.worn == ["b-300", "c-200"])
 
 
 async def test_those_in_use_stay_however_many(site: Site) -> None:
     assert sorted(await site.draw("a", "b", "c", "d")) == ["a", "b", "c", "d"]
-    await until(lambda: site.attached == ["c", "d"])
+    await until(lambda: site.worn == ["c", "d"])
 
 
 async def test_a_failure_reaches_all_who_wait_under_their_field_and_is_not_kept(site: Site) -> None:
@@ -170,10 +172,10 @@ async def test_attaching_waits_for_the_batch_in_hand(site: Site) -> None:
     computing, release = threading.Event(), threading.Event()
 
     def compute(names: Sequence[str]) -> Sequence[list[str]]:
-        before = [*site.attached]
+        before = [*site.worn]
         computing.set()
         release.wait(5)
-        assert site.attached == before
+        assert site.worn == before
         return [before for _ in names]
 
     site.batcher._compute = compute
@@ -182,7 +184,7 @@ async def test_attaching_waits_for_the_batch_in_hand(site: Site) -> None:
     waiting = asyncio.create_task(site.draw("a"))
     await until(lambda: site.read == ["a"])
     await asyncio.sleep(0.05)
-    assert site.attached == []
+    assert site.worn == []
     release.set()
     assert await drawing == []
     assert await waiting == ["a"]

@@ -315,7 +315,7 @@ def test_a_learnt_style_is_a_lora_that_diffusers_loads_on_the_base(
     assert (loaded - base).abs().max() > 1e-4
     torch.testing.assert_close(loaded, folded, rtol=1e-4, atol=1e-5)
     served = Adapters({"unet": load_frozen(UNet2DConditionModel, world.inputs["base"] / "unet")})
-    served.attach("style", served.fit(read(tmp_path / "lora"), "lora", "style"))
+    served.put(served.attached("style", served.fit(read(tmp_path / "lora"), "lora", "style")))
     with torch.no_grad(), served.use([("style", 1.0)]):
         torch.testing.assert_close(served.networks["unet"](x, t, text).sample, folded, rtol=1e-4, atol=1e-5)
 
