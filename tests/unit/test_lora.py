@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,21 @@ def test_to_attach_one_leaves_the_networks_in_place_as_they_are(model: Path, sty
     unet.adapters.put(dressed)
     ours = {weight.data_ptr() for name, weight in unet.network.named_parameters() if ".lora_" not in name}
     assert ours == {weight.data_ptr() for weight in before.parameters()}, "the same memory"
+
+
+def test_what_is_detached_is_freed_at_once(model: Path, style: Path) -> None:
+    """Without the garbage collector, which has better things to do on a busy replica."""
+    adapters = OneStepPipeline.from_bundle(model).unet.adapters
+    adapters.put(adapters.attached("style", adapters.fit(files.read(style), "", "")))
+    gc.collect()
+    gc.disable()
+    try:
+        network = weakref.ref(adapters.networks["unet"])
+        weight = weakref.ref(next(weight for name, weight in adapters.networks["unet"].named_parameters() if ".style." in name))
+        adapters.put(adapters.detached("style"))
+        assert (network(), weight()) == (None, None)
+    finally:
+        gc.enable()
 
 
 def wrong(pipeline: OneStepPipeline, loras: list[Lora]) -> InvalidRequest:
