@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sdxs import Lora, bundle
@@ -20,7 +23,7 @@ from sdxs.lora.published import FILE
 from sdxs.noise import latent_noise
 from sdxs.pipeline import OneStepPipeline
 from tests.loras import diffusers_draws, peft_adapter, tiny_lora
-from tests.models import tiny_folder
+from tests.models import tiny_folder, tiny_sdxl
 
 PROMPT = "red apple"
 
@@ -153,6 +156,29 @@ def test_what_peft_saved_equals_its_weights_merged(model: Path, pipeline: OneSte
     assert np.abs(found - plain).max() > 0.05
 
 
+def test_both_text_encoders_of_sdxl(tmp_path: Path) -> None:
+    """PEFT's folders, one for each network, against PEFT's own merge."""
+    model = tiny_sdxl(tmp_path / "model")
+    pipeline, merged = OneStepPipeline.from_bundle(model), OneStepPipeline.from_bundle(model)
+    for seed, (_, network) in enumerate(merged.text_encoder.encoders):
+        torch.manual_seed(seed)
+        tuned = get_peft_model(network, LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "fc2"]))
+        for name, weight in tuned.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        tuned.save_pretrained(str(tmp_path / "style" / ("text_encoder_2" if seed else "text_encoder")))
+        tuned.merge_adapter()
+    wanted, plain = merged.text_encoder.encode([PROMPT]), pipeline.text_encoder.encode([PROMPT])
+    with pipeline.text_encoder.adapters.use(pipeline.loras.uses([Lora(tmp_path / "style")])):
+        found = pipeline.text_encoder.encode([PROMPT])
+    for ours, theirs, before in (
+        (found.text_BLD, wanted.text_BLD, plain.text_BLD),
+        (found.pooled_BD, wanted.pooled_BD, plain.pooled_BD),
+    ):
+        assert ours is not None and theirs is not None and before is not None
+        assert np.abs(ours - theirs).max() < 1e-4 < 0.01 < np.abs(ours - before).max()
+
+
 def test_scale_0_and_none_at_all_are_the_same_bytes(model: Path, style: Path, other: Path) -> None:
     fresh, used = OneStepPipeline.from_bundle(model), OneStepPipeline.from_bundle(model)
     before = np.asarray(fresh(PROMPT, 3)[0])
@@ -182,6 +208,21 @@ def test_to_attach_one_leaves_the_networks_in_place_as_they_are(model: Path, sty
     unet.adapters.put(dressed)
     ours = {weight.data_ptr() for name, weight in unet.network.named_parameters() if ".lora_" not in name}
     assert ours == {weight.data_ptr() for weight in before.parameters()}, "the same memory"
+
+
+def test_what_is_detached_is_freed_at_once(model: Path, style: Path) -> None:
+    """Without the garbage collector, which has better things to do on a busy replica."""
+    adapters = OneStepPipeline.from_bundle(model).unet.adapters
+    adapters.put(adapters.attached("style", adapters.fit(files.read(style), "", "")))
+    gc.collect()
+    gc.disable()
+    try:
+        network = weakref.ref(adapters.networks["unet"])
+        weight = weakref.ref(next(weight for name, weight in adapters.networks["unet"].named_parameters() if ".style." in name))
+        adapters.put(adapters.detached("style"))
+        assert (network(), weight()) == (None, None)
+    finally:
+        gc.enable()
 
 
 def wrong(pipeline: OneStepPipeline, loras: list[Lora]) -> InvalidRequest:
