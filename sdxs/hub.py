@@ -5,10 +5,12 @@ huggingface_hub does the work; this module says which files, and turns its error
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from sdxs.errors import NotFound, PermissionDenied, PreconditionFailed, SdxsError, Unavailable
 
@@ -78,14 +80,22 @@ def pinned(what: str, source: str) -> HubId:
 
 def _download(source: HubId, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """Where people look, also when the libraries are told to be quiet: gigabytes take minutes."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": None})
 
     name, revision = source.repository, source.revision
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=[*_UNWANTED, *_DUPLICATES]))
+    fetch = functools.partial(snapshot_download, name, revision=revision, tqdm_class=Bar)
+    folder = Path(fetch(allow_patterns=wanted, ignore_patterns=[*_UNWANTED, *_DUPLICATES]))
     weights = [path.with_name("*.safetensors").relative_to(folder) for path in folder.glob("**/config.json")]
     bare = [each.as_posix() for each in weights if not any(folder.glob(each.as_posix()))]
     more = [f"{each}*" for each in bare if any(fnmatch(each, pattern) for pattern in wanted)]
     if more:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=more, ignore_patterns=_UNWANTED))
+        folder = Path(fetch(allow_patterns=more, ignore_patterns=_UNWANTED))
     return folder
 
 

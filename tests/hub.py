@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -34,7 +35,7 @@ class FakeHub:
     fetched: list[str] = field(default_factory=list)
 
     def snapshot_download(
-        self, name: str, *, revision: str | None = None, allow_patterns: list[str], ignore_patterns: list[str]
+        self, name: str, *, revision: str | None = None, allow_patterns: list[str], ignore_patterns: list[str], **_: Any
     ) -> str:
         """The folder of a snapshot. Raises LocalEntryNotFoundError when the hub is away and nothing was downloaded before."""
         source = self.repositories[name, revision or "main"]
@@ -86,10 +87,12 @@ class HttpHub:
 
     def variables(self, cache: Path) -> dict[str, str]:
         """Of a process that is to use this hub, and no other's cache."""
-        return {"HF_ENDPOINT": self.url, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+        plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        return {"HF_ENDPOINT": self.url, "HF_HUB_CACHE": str(cache), **plain}
 
     def use(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
         """The same in this process."""
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", self.url)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))

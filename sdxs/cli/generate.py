@@ -20,7 +20,6 @@ from sdxs.settings import Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 QUIET = {
-    "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
@@ -211,7 +210,7 @@ def _write(paths: list[Path], files: list[bytes]) -> None:
 
 
 def quiet() -> None:
-    """Said before the import of the libraries, which read it then: no network, and nothing printed beside the result."""
+    """Said before the import of the libraries, which read it then: nothing is printed beside the result."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -378,3 +381,17 @@ async def test_a_server_in_one_process(hub: HttpHub, folders: Folders, settings:
             assert answer.receipt.model_digest == ours.manifest.digest
         await asyncio.sleep(0.5)
         assert len(hub.asked) == asked, "a branch is looked at once"
+
+
+@pytest.mark.timeout(120)
+def test_the_command_line_draws_with_a_model_of_the_hub(hub: HttpHub, tmp_path: Path) -> None:
+    """As a newcomer runs it: without a word of the hub's settings but where it is."""
+    variables = hub.variables(tmp_path / "hub") | {"SDXS_CACHE_DIR": str(tmp_path / "bundles")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SDXS_"))} | variables
+    del environment["HF_HUB_OFFLINE"]
+    sdxs = str(Path(sys.executable).with_name("sdxs"))
+    command = [sdxs, "generate", PROMPT, "-o", str(tmp_path / "made.png"), "--model", DREAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "made.png") as made:
+        assert made.size == (32, 32)
