@@ -30,6 +30,7 @@ def drawing() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_models_of_the_hub_and_of_a_folder(
     redis_variables: dict[str, str], s3_variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
