@@ -18,6 +18,7 @@ import yaml
 
 from sdxs import bundle, registry
 from sdxs.client import Client
+from sdxs.embedded import redis_server
 from sdxs.errors import DeadlineExceeded, Unavailable
 from sdxs.pipeline import OneStepPipeline
 from sdxs.settings import Settings
@@ -57,19 +58,22 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(
-    redis_variables: dict[str, str], s3_variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
-    """`tiny`, of which there are three bundles, one of them broken, and `other`, which sleeps."""
+def world(s3_variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """`tiny`, of which there are three bundles, one of them broken, and `other`, which sleeps. Has a queue of its own: workers of
+    another server would take its jobs."""
     folder = tmp_path_factory.mktemp("models")
+    with redis_server(folder / "redis") as redis_variables:
+        yield from _world(folder, {**redis_variables, **s3_variables})
+    shutil.rmtree(folder)
+
+
+def _world(folder: Path, variables: dict[str, str]) -> Iterator[World]:
     folders = {name: tiny_folder(folder / name, seed=seed) for seed, name in enumerate(("first", "second", "broken", "other"))}
     weights = folders["broken"] / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])  # whole by its manifest, and no network
     for name, place in folders.items():
         bundle.seal(place, "other" if name == "other" else "tiny")
-    variables = {
-        **redis_variables,
-        **s3_variables,
+    variables |= {
         "SDXS_STORE_URL": "s3://sdxs/several",
         "SDXS_CACHE_DIR": str(folder / "cache"),
     }
@@ -82,7 +86,6 @@ def world(
     config.write_text(yaml.safe_dump({"models": ["tiny", {"model": "other", **ASLEEP}]}))
     with serving(None, folder / "log", variables, "--config", str(config)) as server:
         yield World(server, store, digests, drawn)
-    shutil.rmtree(folder)
 
 
 def _draw(folder: Path) -> bytes:

@@ -42,11 +42,12 @@ class Pair:
         """As the gateway makes it."""
         encoded = self.pipeline.text_encoder.encode([PROMPT])
         text = text_encoder_pb2.EncodeResponse(text=tensors.encode(encoded.text_BLD[0]), model_digest=DIGEST)
-        request = unet_pb2.DenoiseRequest(text=text, seeds=seeds, deterministic=True)
+        size: Any = {"width": ask.width, "height": ask.height}
+        request = unet_pb2.DenoiseRequest(text=text, seeds=seeds, deterministic=True, **size)
         for control in ask.controls:
             found: Any = {name: getattr(control, name) for name in ("image", "type", "controlnet", "guess", "preprocessed")}
             request.controls.append(control_pb2.Control(scale=control.scale, **found))
-        init = self.pipeline._init(ask.init_image, ask.strength, self.pipeline.manifest.size())
+        init = self.pipeline._init(ask.init_image, ask.strength, self.pipeline.manifest.size(**size))
         if init is not None:
             request.init_latent.CopyFrom(tensors.encode(init.latent_CHW))
             request.strength = init.strength
@@ -154,6 +155,7 @@ def test_a_unet_of_another_type_is_sent_all_the_bits(start: Start) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [64, 0])
 def test_a_slab_without_room_is_passed_by(start: Start, room: int) -> None:
     pair = start(SDXS_HANDOVER_BYTES=str(room))
@@ -161,6 +163,7 @@ def test_a_slab_without_room_is_passed_by(start: Start, room: int) -> None:
     assert (pair.unet.opened(DEVICE), pair.unet.opened(SHARED)) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_slab_with_room_for_some_lends_to_those(start: Start) -> None:
     """What does not fit it goes in shared memory or in the message, at the same time."""
     pair = start(SDXS_HANDOVER_BYTES="4096")
