@@ -209,7 +209,8 @@ class PeerSet:
                 async with asyncio.timeout(patience.remaining()):
                     await self._changed.wait()
             except (TimeoutError, DeadlineExceeded):
-                deadline.remaining()
+                if patience.at == deadline.at:  # not by the clock: a loop's timer may go off just before it
+                    raise DeadlineExceeded(f"no replica of {self.service} came in time") from None
                 raise Unavailable(f"no replica answers for {self.service}") from None
 
     def _drop(self, peer: _Peer) -> None:

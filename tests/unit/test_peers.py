@@ -162,6 +162,16 @@ async def test_the_callers_deadline_comes_first(peers: PeerSet) -> None:
         await name_of(peers, seconds=0.2)
 
 
+async def test_the_callers_deadline_comes_first_also_for_a_timer_that_is_early(
+    peers: PeerSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now and then a loop's timer goes off just before its time; that was told as UNAVAILABLE."""
+    remaining = Deadline.remaining
+    monkeypatch.setattr(Deadline, "remaining", lambda self: (left := remaining(self)) and left / 2)
+    with pytest.raises(DeadlineExceeded):
+        await peers.call("Encode", b"", Deadline.after(0.1))
+
+
 async def test_another_models_replicas_are_left_alone(site: Site, peers: PeerSet) -> None:
     await site.add(Room("other"), digest="e")
     await site.add(Room("ours"), digest="d")
